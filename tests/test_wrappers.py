@@ -1,0 +1,187 @@
+"""The wrappers on the T-Maze and on a small environment whose every outcome tells which key and step it came from."""
+
+import pickle
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tmaze_reference import RIGHT, Reference
+
+from envs.tmaze import EnvParams, TMaze
+from envs.wrappers import AutoReset, EpisodeStatistics, VectorEnv
+
+
+class ToyState(NamedTuple):
+    tag: jax.Array  # () uint32, names the episode
+    clock: dict[str, jax.Array]  # a pytree in the state, {"time": () int32}
+
+
+class Toy:
+    """Episodes of 1 to 4 steps; the observation is (tag, time), the reward 10 ** time before the step."""
+
+    def reset(self, key, params):
+        state = ToyState(jax.random.bits(key), {"time": jnp.zeros((), jnp.int32)})
+        return self._observation(state), state
+
+    def step(self, key, state, action, params):
+        time = state.clock["time"] + 1
+        done = time > state.tag % 4
+        info = {"tag": state.tag, "noise": jax.random.bits(key), "action": action}
+        reward = 10.0 ** (time - 1)
+        state = ToyState(state.tag, {"time": time})
+        return self._observation(state), state, reward, done, info
+
+    def _observation(self, state):
+        return {"tag": state.tag, "time": state.clock["time"]}
+
+
+@partial(jax.jit, static_argnums=0)
+def rollout(env, params, key, actions):
+    """actions (T, ...) -> first obs, then obs, state, reward, done, info, each (T, ...), all by lax.scan."""
+    reset_key, step_key = jax.random.split(key)
+    first_obs, state = env.reset(reset_key, params)
+
+    def step(state, key_action):
+        key, action = key_action
+        obs, state, reward, done, info = env.step(key, state, action, params)
+        return state, (obs, state, reward, done, info)
+
+    return first_obs, *jax.lax.scan(step, state, (jax.random.split(step_key, len(actions)), actions))[1]
+
+
+def assert_trees_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_episode_statistics():
+    """They count up to the end of the episode and pass on all the rest as it was."""
+    key, params, actions = jax.random.key(0), EnvParams(6, 1000), np.array([3, 0, 2, 3, 3, 3, 3, 3, 1])
+    plain = rollout(TMaze(), params, key, actions)
+    first_obs, obs, state, reward, done, info = rollout(EpisodeStatistics(TMaze()), params, key, actions)
+    np.testing.assert_allclose(info["episodic_return"], np.cumsum(reward), rtol=1e-6)
+    np.testing.assert_array_equal(info["episodic_length"], np.arange(1, 10))
+    assert info["episodic_return"].dtype == jnp.float32 and info["episodic_length"].dtype == jnp.int32
+    assert done[-1] and float(reward[-1]) in (4.0, -1.0)
+    inner_info = {name: info[name] for name in ("success", "truncated")}
+    assert_trees_equal((first_obs, obs, state.env_state, reward, done, inner_info), plain)
+
+
+def test_auto_reset():
+    """Observation and state begin anew, reward, done and info are of the step that was made."""
+    first_obs, obs, state, reward, done, info = jax.tree.map(
+        np.asarray, rollout(AutoReset(Toy()), None, jax.random.key(1), np.arange(300))
+    )
+    tag, time = int(first_obs["tag"]), 0
+    tags = [tag]
+    for t in range(300):
+        time += 1
+        assert info["tag"][t] == tag and info["action"][t] == t
+        assert reward[t] == 10.0 ** (time - 1)
+        assert done[t] == (time > tag % 4)
+        if done[t]:
+            tag, time = int(obs["tag"][t]), 0
+            tags.append(tag)
+        assert (obs["tag"][t], obs["time"][t]) == (tag, time)
+        assert (state.tag[t], state.clock["time"][t]) == (tag, time)
+    assert len(set(tags)) == len(tags) > 75  # a new draw for each episode
+    # The draws of the step and of the reset come from two keys: from one they would be the same.
+    assert not (obs["tag"] == info["noise"])[done].any()
+
+
+def test_statistics_begin_anew_with_the_episode():
+    _, _, state, _, done, info = rollout(AutoReset(EpisodeStatistics(Toy())), None, jax.random.key(2), np.zeros(100))
+    lengths = np.asarray(info["tag"] % 4 + 1)[done]
+    assert set(lengths) == {1, 2, 3, 4}
+    np.testing.assert_array_equal(info["episodic_length"][done], lengths)
+    np.testing.assert_allclose(info["episodic_return"][done], [float("1" * n) for n in lengths])
+    assert not state.episodic_return[done].any() and not state.episodic_length[done].any()
+    assert state.episodic_length[~done].all()
+
+
+@pytest.mark.parametrize("corridor_len, limit", [(2, 4), (3, 9)])
+def test_whole_stack_equals_the_reference(corridor_len, limit):
+    """Many episodes one after the other in each of 16 environments, with every kind of end."""
+    num_envs, num_steps = 16, 200
+    env = VectorEnv(AutoReset(EpisodeStatistics(TMaze())), num_envs)
+    actions = np.random.default_rng(0).choice(4, (num_steps, num_envs), p=[0.1, 0.1, 0.3, 0.5])
+    out = rollout(env, EnvParams(corridor_len, limit), jax.random.key(3), actions)
+    first_obs, obs, _, reward, done, info = jax.tree.map(np.asarray, out)
+    assert obs.shape == (num_steps, num_envs, 16)
+
+    def new_episode(obs):
+        cue = {(0, 1): "up", (1, 0): "down"}[tuple(obs[:2].astype(int))]
+        reference = Reference(corridor_len, limit, cue)
+        np.testing.assert_array_equal(obs, reference.first_obs + [0] * 6)
+        return reference
+
+    endings = set()
+    for i in range(num_envs):
+        reference = new_episode(first_obs[i])
+        for t in range(num_steps):
+            bits, *expected = reference.step(actions[t, i])
+            found = [reward[t, i], done[t, i], info["truncated"][t, i], info["success"][t, i]]
+            assert found == [np.float32(expected[0]), *expected[1:]]
+            assert info["episodic_length"][t, i] == reference.steps
+            assert abs(info["episodic_return"][t, i] - reference.total) < 1e-5
+            if done[t, i]:
+                endings.add((reference.cue, *expected[2:]))
+                reference = new_episode(obs[t, i])
+            else:
+                assert obs[t, i, :10].tolist() == bits
+    assert endings == {(cue, *end) for cue in ("up", "down") for end in ((True, False), (False, True), (False, False))}
+
+
+def test_each_episode_has_a_new_cue():
+    """A fair coin, whatever the cue before it and next door was; and what is shown is what is paid for."""
+    num_envs, num_steps = 64, 200
+    env = VectorEnv(AutoReset(EpisodeStatistics(TMaze())), num_envs)
+    # In a corridor of 2 an episode is a step to the right and a turn: here always up, so right when the cue was up.
+    actions = np.tile([[RIGHT], [0]], (num_steps // 2, num_envs))
+    first_obs, obs, _, _, done, info = rollout(env, EnvParams(2, 1000), jax.random.key(4), actions)
+    assert done[1::2].all() and not done[::2].any()
+    shown = np.concatenate([first_obs[None], obs[1::2]])[..., 1]  # (101, 64), 1 where the cue was up
+    np.testing.assert_array_equal(shown[:-1] == 1, info["success"][1::2])
+    coins = 2 * shown - 1
+    for product in (coins, coins[1:] * coins[:-1], coins[:, 1:] * coins[:, :-1]):
+        assert abs(product.mean()) < 5 / np.sqrt(product.size)
+
+
+def test_vector_env_equals_single_environments():
+    """With the keys that jax.random.split gives, through ends of episodes, and the same by calls as by lax.scan."""
+    single, params, key = AutoReset(EpisodeStatistics(TMaze())), EnvParams(2, 4), jax.random.key(5)
+    actions = np.random.default_rng(1).integers(4, size=(8, 3))
+    scanned = jax.tree.map(np.asarray, rollout(VectorEnv(single, 3), params, key, actions))
+    assert scanned[4].any()
+
+    reset_key, steps_key = jax.random.split(key)
+    reset, step = jax.jit(single.reset), jax.jit(single.step)
+    for i in range(3):
+        obs, state = reset(jax.random.split(reset_key, 3)[i], params)
+        assert_trees_equal(obs, scanned[0][i])
+        for t, step_key in enumerate(jax.random.split(steps_key, 8)):
+            out = step(jax.random.split(step_key, 3)[i], state, actions[t, i], params)
+            assert_trees_equal(out, jax.tree.map(lambda x: x[t, i], scanned[1:]))  # noqa: B023
+            state = out[1]
+
+
+def test_environments_have_randomness_of_their_own():
+    env = VectorEnv(TMaze(num_distractors=64), 8)
+    _, obs, *_ = rollout(env, env.default_params, jax.random.key(6), np.zeros((1, 8), int))
+    assert len(np.unique(obs[0, :, 10:], axis=0)) == 8
+    tags = jax.jit(VectorEnv(Toy(), 8).reset)(jax.random.key(7), None)[0]["tag"]
+    assert len(np.unique(tags)) == 8
+
+
+def test_wrappers_pass_on_what_they_do_not_change():
+    env = TMaze(9, 3)
+    stack = VectorEnv(AutoReset(EpisodeStatistics(env)), 5)
+    for wrapped in (stack, pickle.loads(pickle.dumps(stack))):  # spawned workers pickle
+        assert (wrapped.num_envs, wrapped.num_distractors, wrapped.default_params) == (5, 3, (9, 1000))
+        assert wrapped.observation_space(wrapped.default_params) == env.observation_space(env.default_params)
+        assert wrapped.action_space(wrapped.default_params) == env.action_space(env.default_params)
+        with pytest.raises(AttributeError, match="no_such_name"):
+            wrapped.no_such_name  # noqa: B018
