@@ -14,7 +14,6 @@ Letters of the axes, time first throughout:
     T time steps   B environments   S seeds   D d_model   H heads   d d_head   e eta   F distinct frequencies
 """
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -263,29 +262,30 @@ def cosine_frequencies(r: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(np.pi * t[:, None] * n / half_period).astype(np.float32), count
 
 
-def gated_sums(memory: LayerMemory, keep, cosines, k, v, beta, gamma, p1, p2, p3):
+def gated_linear_attention(memory: LayerMemory, keep, cosines, count, k, q, v, beta, gamma, p1, p2, p3):
     """The recurrence of AGaLiTe (Algorithm 2 of the paper), step by step, with the large arrays made and used inside.
 
-        norm_t   = (1 - gamma_t) norm_{t-1}   + gamma_t k_t              (B, H, e, d), k and gamma expanded by p1 and p3
-        keys_t   = (1 - gamma_t) keys_{t-1}   + gamma_t k_t cos(w t)     the same for each frequency w
-        values_t = (1 - beta_t)  values_{t-1} + beta_t  v_t cos(w t)     (B, H, d) for each frequency w
+        norm_t   = (1 - gamma_t) norm_{t-1}   + gamma_t k_t            (B, H, e, d), k and gamma expanded by p1 and p3
+        keys_t   = (1 - gamma_t) keys_{t-1}   + gamma_t k_t cos(w t)   the same for each frequency w
+        values_t = (1 - beta_t)  values_{t-1} + beta_t  v_t cos(w t)   (B, H, d) for each frequency w
+        out_t    = sum_w values_t (keys_t . q_t) / (2 r norm_t . q_t)  (B, H, d), q expanded by p2
 
-    keep (T, B) is 0 where an episode begins, which forgets what came before, else 1. cosines (T, B, F); k, v, beta,
-    gamma (T, B, H, d); p1, p2, p3 (T, B, H, e) expand keys, queries and gates. -> memory after the last step, then for
-    every step, (T, B, H, d) each: F times p2 . keys, F times values, p2 . norm.
+    k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) come with their activations applied. keep (T, B) is 0
+    where an episode begins, which forgets what came before, else 1. cosines (T, B, F), count (F,) as above.
+    -> memory after the last step, out (T, B, H, d).
 
     Backpropagation keeps the memory at every 16th step and recomputes the rest (jax.checkpoint). One array for each
     frequency, and outer products as einsums, whose derivatives are dot products, are several times faster on a CPU
     than one stacked array and broadcasts, whose derivatives are reductions (benchmarks/attention.py).
     """
-    F, T = cosines.shape[-1], len(k)
+    T, F = len(k), len(count)
 
     def step(state, inputs):
         keys, values, norm = state
         keep, cosines, k, v, beta, gamma, p1, p2, p3 = inputs
         gate = jnp.einsum("bhe,bhd->bhed", p3, gamma)
-        decay = (1 - gate) * keep[:, None, None, None]
         inflow = gate * jnp.einsum("bhe,bhd->bhed", p1, k)
+        decay = (1 - gate) * keep[:, None, None, None]
         value_decay = (1 - beta) * keep[:, None, None]
         norm = decay * norm + inflow
         keys = tuple(decay * keys[f] + inflow * cosines[:, f, None, None, None] for f in range(F))
@@ -298,8 +298,11 @@ def gated_sums(memory: LayerMemory, keep, cosines, k, v, beta, gamma, p1, p2, p3
     chunks = jax.tree.map(lambda x: x.reshape(T // chunk, chunk, *x.shape[1:]), inputs)
     state = tuple(jnp.moveaxis(memory.keys, 1, 0)), tuple(jnp.moveaxis(memory.values, 1, 0)), memory.norm
     state, outputs = jax.lax.scan(jax.checkpoint(functools.partial(jax.lax.scan, step)), state, chunks)
-    memory = LayerMemory(jnp.stack(state[0], 1), jnp.stack(state[1], 1), state[2])
-    return memory, *jax.tree.map(lambda x: x.reshape(T, *x.shape[2:]), outputs)
+    keys, values, norm = jax.tree.map(lambda x: x.reshape(T, *x.shape[2:]), outputs)  # (T, B, H, d), read by p2
+    dot_q = lambda x: jnp.einsum("tbhd,tbhd->tbh", x, q)[..., None]
+    out = sum(n * values[f] * dot_q(keys[f]) for f, n in enumerate(count.tolist()))
+    out = out / (2 * count.sum() * dot_q(norm) + 1e-5)
+    return LayerMemory(jnp.stack(state[0], 1), jnp.stack(state[1], 1), state[2]), out
 
 
 class AGaLiTeAttention(nn.Module):
@@ -310,7 +313,7 @@ class AGaLiTeAttention(nn.Module):
     @nn.compact
     def __call__(self, u, keep, cosines, memory: LayerMemory):
         T, B, D = u.shape
-        H, d, e, r = self.args.num_heads, self.args.d_head, self.args.eta, self.args.r
+        H, d, e = self.args.num_heads, self.args.d_head, self.args.eta
         chrono = float(self.args.gate_init == "chrono")
 
         def kernel_init(key, shape):
@@ -335,12 +338,9 @@ class AGaLiTeAttention(nn.Module):
 
         k, q, p1, p2 = nn.relu(k), nn.relu(q), nn.relu(p1), nn.relu(p2)
         beta, gamma, p3 = nn.sigmoid(beta), nn.sigmoid(gamma), nn.sigmoid(p3)
-        memory, keys, values, norm = gated_sums(memory, keep, cosines, k, v, beta, gamma, p1, p2, p3)
-        read = functools.partial(jnp.einsum, "tbhd,tbhd->tbh", q)
-        _, count = cosine_frequencies(r)
-        attended = sum(n * values[f] * read(keys[f])[..., None] for f, n in enumerate(count.tolist()))  # (T, B, H, d)
-        attended = attended / (2 * r * read(norm)[..., None] + 1e-5)
-        return nn.Dense(D, kernel_init=orthogonal, name="out")(attended.reshape(T, B, H * d)), memory
+        _, count = cosine_frequencies(self.args.r)
+        memory, out = gated_linear_attention(memory, keep, cosines, count, k, q, v, beta, gamma, p1, p2, p3)
+        return nn.Dense(D, kernel_init=orthogonal, name="out")(out.reshape(T, B, H * d)), memory
 
 
 class AGaLiTeLayer(nn.Module):
@@ -686,23 +686,14 @@ def restore(checkpoints: ocp.CheckpointManager, like: RunnerState) -> RunnerStat
     raise SystemExit(f"{checkpoints.directory} holds no checkpoint that can be read; begin the run anew")
 
 
-@contextlib.contextmanager
-def metrics_file(path: Path, columns: list[str], last: int):
-    """Begins metrics.csv with the rows it has up to update `last` -> a function that appends rows."""
+def cut_metrics(path: Path, columns: list[str], last: int) -> None:
+    """Leaves metrics.csv with its rows up to update `last`, none if it is new."""
     rows = list(csv.DictReader(path.open())) if path.exists() else []
-    new = path.with_suffix(".new")
-    with new.open("w", newline="") as file:
+    with path.with_suffix(".new").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(row for row in rows if int(row["update"]) <= last)
-        file.flush()
-        new.replace(path)  # at every moment one file is whole
-
-        def append(rows: list[dict]):
-            writer.writerows(rows)
-            file.flush()
-
-        yield append
+    path.with_suffix(".new").replace(path)  # at every moment one of them is whole
 
 
 def interval(values) -> str:
@@ -723,7 +714,8 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
     first = int(runner.learner.update.addressable_shards[0].data[0])
     columns = ["update", "seed", "global_step", "elapsed", "charts/SPS", *jax.eval_shape(update_seeds, runner)[1]]
     compiled = update_seeds.lower(runner).compile()
-    file = metrics_file(folder / "metrics.csv", columns, first) if chief else contextlib.nullcontext(lambda rows: None)
+    if chief:
+        cut_metrics(folder / "metrics.csv", columns, first)
     bar = tqdm(
         total=args.num_updates * args.batch_size, initial=first * args.batch_size,
         unit="step", unit_scale=True, disable=not chief,
@@ -734,7 +726,7 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
         if number not in checkpoints.all_steps() and not checkpoints.save(number, args=ocp.args.StandardSave(tree)):
             raise OSError(f"checkpoint {number} was not written")
 
-    with file as append, bar:
+    with open(folder / "metrics.csv" if chief else os.devnull, "a", newline="", buffering=1) as file, bar:
         save(first)
         loop_time = time.time()
         for number in range(first + 1, args.num_updates + 1):
@@ -754,7 +746,7 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
                 row | {"seed": args.seed + i} | {n: x[i].item() for n, x in metrics.items() if np.isfinite(x[i])}
                 for i in range(args.num_seeds)
             ]
-            append(rows)
+            csv.DictWriter(file, columns).writerows(rows)
             if tracker:
                 prefix = (lambda row: f"seed_{row['seed']}/") if args.num_seeds > 1 else (lambda row: "")
                 tracker.log({prefix(row) + name: value for row in rows for name, value in row.items()} | row)

@@ -1,0 +1,98 @@
+"""AGaLiTe once more, written from the formulas alone, slowly and in float64: nothing here comes from the scripts.
+
+Every step goes through all layers before the next one begins. All r frequencies have a state of their own, the
+expansions eta * d are written out, the angle w t is never wrapped. The same text runs on numpy (xp=np, a Python loop)
+and on JAX (xp=jnp, a scan), which then gives derivatives of this text.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def sigmoid(x, xp):
+    return (1 + xp.tanh(x / 2)) / 2
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def layer_norm(p, x):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / ((centred**2).mean(-1, keepdims=True) + 1e-6) ** 0.5 * p["scale"] + p["bias"]
+
+
+def gate(p, x, y, xp):
+    D = x.shape[-1]
+    W = {name: p["W"]["kernel"][:, i * D : (i + 1) * D] for i, name in enumerate("rzg")}
+    U = {name: p["U"]["kernel"][:, i * D : (i + 1) * D] for i, name in enumerate("rz")}
+    r = sigmoid(y @ W["r"] + x @ U["r"], xp)
+    z = sigmoid(y @ W["z"] + x @ U["z"] - p["bias"], xp)
+    h = xp.tanh(y @ W["g"] + (r * x) @ p["U_candidate"]["kernel"])
+    return (1 - z) * x + z * h
+
+
+def outer(a, b):
+    """(B, H, e), (B, H, d) -> (B, H, e * d), e slow and d fast."""
+    return (a[..., :, None] * b[..., None, :]).reshape(*a.shape[:2], -1)
+
+
+def attention(p, u, t, state, sizes, xp):
+    """u (B, D), t (B,) the time of this step, state K (r, B, H, ed), V (r, B, H, d), s (B, H, ed) -> (B, D), state."""
+    H, d, e, r = sizes
+    B = len(u)
+    K, V, s = state
+    k, q, v, beta, gamma = ((u @ p["kernel"][i] + p["bias"][i]).reshape(B, H, d) for i in range(5))
+    p1, p2, p3 = (x.reshape(B, H, e) for x in xp.split(dense(p["expansion"], u), 3, axis=-1))
+    relu = lambda x: xp.maximum(x, 0)
+    key, query = outer(relu(p1), relu(k)), outer(relu(p2), relu(q))
+    gamma = outer(sigmoid(p3, xp), sigmoid(gamma, xp))
+    beta = sigmoid(beta, xp)
+    new_K, new_V, out = [], [], 0
+    for i, omega in enumerate(np.linspace(-np.pi, np.pi, r)):
+        c = xp.cos(omega * t)[:, None, None]
+        new_K.append((1 - gamma) * K[i] + gamma * key * c)
+        new_V.append((1 - beta) * V[i] + beta * v * c)
+        out = out + new_V[-1] * (new_K[-1] * query).sum(-1, keepdims=True)
+    s = (1 - gamma) * s + gamma * key
+    out = out / (2 * r * (s * query).sum(-1, keepdims=True) + 1e-5)
+    return dense(p["out"], out.reshape(B, H * d)), (xp.stack(new_K), xp.stack(new_V), s)
+
+
+def agent(params, obs, reset, t, states, sizes, num_layers, xp):
+    """A whole ActorCritic. obs (T, B, n), reset (T, B), t (B,) the time of the step before, states one a layer.
+
+    -> (logits (T, B, actions), value (T, B)), (t, states) after the last step
+    """
+    p = params["params"]
+    relu = lambda x: xp.maximum(x, 0)
+
+    def step(carry, i):
+        t, states = carry
+        fresh = reset[i]
+        t = xp.where(fresh, 2.0, t + 1)
+        keep = xp.where(fresh, 0.0, 1.0)[:, None, None]
+        states = tuple((K * keep, V * keep, s * keep) for K, V, s in states)
+        x = relu(dense(p["memory"]["embedding"], obs[i]))
+        new_states = []
+        for n in range(num_layers):
+            layer = p["memory"][f"AGaLiTeLayer_{n}"]
+            y, state = attention(layer["attention"], layer_norm(layer["LayerNorm_0"], x), t, states[n], sizes, xp)
+            x = gate(layer["GRUGate_0"], x, relu(y), xp)
+            z = relu(dense(layer["Dense_0"], layer_norm(layer["LayerNorm_1"], x)))
+            x = gate(layer["GRUGate_1"], x, relu(dense(layer["Dense_1"], z)), xp)
+            new_states.append(state)
+        heads = [dense(p[n]["Dense_1"], xp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic")]
+        return (t, tuple(new_states)), (heads[0], heads[1][:, 0])
+
+    carry = (t, states)
+    if xp is jnp:
+        carry, outputs = jax.lax.scan(step, carry, jnp.arange(len(obs)))
+    else:
+        outputs = []
+        for i in range(len(obs)):
+            carry, output = step(carry, i)
+            outputs.append(output)
+        outputs = tuple(np.stack(x) for x in zip(*outputs, strict=True))
+    return outputs, carry

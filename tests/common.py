@@ -1,0 +1,90 @@
+"""What the tests of all scripts share: which scripts there are, small arguments, random parameters, float64 tools."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SCRIPTS = ["ppo_agalite_tmaze"]
+
+# Small and all different, so that no two axes can be taken for each other. A script takes the fields it has.
+SMALL = {
+    "corridor_len": 4, "num_distractors": 3, "max_episode_steps": 7,
+    "num_layers": 2, "d_model": 12, "d_head": 5, "d_ffc": 10, "num_heads": 2, "eta": 3, "r": 4, "memory_len": 5,
+    "d_actor": 9, "d_critic": 11,
+    "num_envs": 8, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 1280,
+}  # fmt: skip
+
+
+def load(name: str):
+    """The script itself, as a module."""
+    return importlib.import_module(name)
+
+
+def small_args(script, **changes):
+    """The script's arguments in small; `changes` must be fields it has."""
+    fields = {field.name for field in dataclasses.fields(script.Args)}
+    return script.Args(**{name: value for name, value in SMALL.items() if name in fields} | changes)
+
+
+def build(script, args):
+    """-> env, agent, optimizer, as main makes them."""
+    env = script.make_env(args, args.num_envs)
+    agent = script.ActorCritic(args, env.action_space(env.default_params).n)
+    return env, agent, script.make_optimizer(args)
+
+
+def bind(script, args):
+    """-> init(key), update(runner), not jitted."""
+    parts = build(script, args)
+    return functools.partial(script.init, args, *parts), functools.partial(script.update, args, *parts)
+
+
+def random_params(params, seed: int = 0):
+    """Parameters of the same shapes, "of scale 1": gates half open, activations and logits of order 1, no zeros.
+
+    At initialisation most of a model is nearly switched off, and a test on it half blind.
+    """
+    rng = np.random.default_rng(seed)
+
+    def random(path, x):
+        noise = rng.normal(size=x.shape)
+        if x.ndim >= 2:
+            noise *= np.sqrt(2 / x.shape[-2])  # kernels are (..., in, out)
+        elif path[-1].key == "scale":
+            noise = 1 + 0.3 * noise  # of a LayerNorm
+        return jnp.asarray(noise, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(random, params)
+
+
+def float64(tree):
+    """The same numbers as numpy arrays, floats in double precision."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else None), tree)
+
+
+def deviation(ours, expected) -> float:
+    """max|ours - expected| / max|expected|, of the worst leaf."""
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    ours, expected = jax.tree.leaves(float64(ours)), jax.tree.leaves(float64(expected))
+    assert [x.shape for x in ours] == [x.shape for x in expected]
+    assert all(np.isfinite(x).all() for x in ours + expected)
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, expected, strict=True))
+
+
+def assert_close(ours, expected, atol: float):
+    """Same structure and shapes, and no number further off than atol."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(data(a), data(b), rtol=0, atol=atol), ours, expected)
+
+
+def assert_identical(ours, expected):
+    """Same structure, and the same bits."""
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(data(a), data(b)), ours, expected)
+
+
+def data(x):
+    """Of a PRNG key its words, of anything else itself."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
