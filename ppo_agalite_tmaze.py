@@ -118,6 +118,9 @@ class Args:
     """hidden width of the policy head"""
     d_critic: int = 128
     """hidden width of the value head"""
+    value_init: float = -12.0
+    """initial value of every state, below the worst true one, -0.1 / (1 - gamma), so that what is new looks better than
+    what is known and the agent explores (published: 0)"""
 
     num_envs: int = 16
     """environments B stepped together (published: 8)"""
@@ -168,7 +171,8 @@ class Args:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (float, float | None) and value is not None:
-                require(math.isfinite(value) and value >= 0, field.name, "must be a finite number, at least 0")
+                require(math.isfinite(value), field.name, "must be a finite number")
+                require(value >= 0 or field.name == "value_init", field.name, "must be at least 0")
             elif field.type in (int, WholeNumber) and field.name not in ("seed", "num_distractors", "corridor_len"):
                 require(value >= 1, field.name, "must be at least 1")
         require(0 <= self.seed <= 2**31 - self.num_seeds, "seed", "must be at least 0 and below 2^31")
@@ -390,15 +394,16 @@ class AGaLiTe(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense, tanh, Dense. x (T, B, D) -> (T, B, outputs). The wide last layer of the actor starts off the walk."""
+    """Dense, tanh, Dense, both orthogonal(sqrt(2)). x (T, B, D) -> (T, B, outputs), at first not far from bias."""
 
     hidden: int
     outputs: int
+    bias: float = 0.0
 
     @nn.compact
     def __call__(self, x):
         x = nn.tanh(nn.Dense(self.hidden, kernel_init=orthogonal)(x))
-        return nn.Dense(self.outputs, kernel_init=orthogonal)(x)
+        return nn.Dense(self.outputs, kernel_init=orthogonal, bias_init=nn.initializers.constant(self.bias))(x)
 
 
 class ActorCritic(nn.Module):
@@ -418,7 +423,7 @@ class ActorCritic(nn.Module):
     def __call__(self, obs, reset, memory: Memory):
         x, memory = AGaLiTe(self.args, name="memory")(obs, reset, memory)  # (T, B, D)
         logits = Head(self.args.d_actor, self.num_actions, name="actor")(x)
-        value = Head(self.args.d_critic, 1, name="critic")(x).squeeze(-1)
+        value = Head(self.args.d_critic, 1, self.args.value_init, name="critic")(x).squeeze(-1)
         return logits, value, memory
 
 

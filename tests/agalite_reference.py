@@ -86,7 +86,7 @@ def agent(params, obs, reset, t, states, sizes, num_layers, xp):
         heads = [dense(p[n]["Dense_1"], xp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic")]
         return (t, tuple(new_states)), (heads[0], heads[1][:, 0])
 
-    carry = (t, states)
+    reset, carry = xp.asarray(reset), (t, states)
     if xp is jnp:
         carry, outputs = jax.lax.scan(step, carry, jnp.arange(len(obs)))
     else:

@@ -12,11 +12,30 @@ SCRIPTS = ["ppo_agalite_tmaze"]
 
 # Small and all different, so that no two axes can be taken for each other. A script takes the fields it has.
 SMALL = {
-    "corridor_len": 4, "num_distractors": 3, "max_episode_steps": 7,
+    "corridor_len": 2, "num_distractors": 3, "max_episode_steps": 7,
     "num_layers": 2, "d_model": 12, "d_head": 5, "d_ffc": 10, "num_heads": 2, "eta": 3, "r": 4, "memory_len": 5,
     "d_actor": 9, "d_critic": 11,
     "num_envs": 8, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 1280,
 }  # fmt: skip
+# For tests of what surrounds the model: quick to compile.
+TINY = SMALL | {
+    "num_layers": 1, "d_model": 6, "d_head": 3, "d_ffc": 6, "num_heads": 1, "eta": 2, "r": 2, "d_actor": 4,
+    "d_critic": 4,
+}  # fmt: skip
+
+
+def quick_compiler_options() -> dict:
+    """Options under which XLA compiles three times as fast for a CPU, to slower code; none where it lacks them."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(np.float32(0)).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options if jax.default_backend() == "cpu" else {}
+
+
+# jit for functions that are called once or twice, where compilation is all that costs time.
+quick_jit = functools.partial(jax.jit, compiler_options=quick_compiler_options())
 
 
 def load(name: str):
@@ -24,10 +43,13 @@ def load(name: str):
     return importlib.import_module(name)
 
 
-def small_args(script, **changes):
+def small_args(script, sizes=SMALL, **changes):
     """The script's arguments in small; `changes` must be fields it has."""
     fields = {field.name for field in dataclasses.fields(script.Args)}
-    return script.Args(**{name: value for name, value in SMALL.items() if name in fields} | changes)
+    return script.Args(**{name: value for name, value in sizes.items() if name in fields} | changes)
+
+
+tiny_args = functools.partial(small_args, sizes=TINY)
 
 
 def build(script, args):
@@ -53,9 +75,9 @@ def random_params(params, seed: int = 0):
     def random(path, x):
         noise = rng.normal(size=x.shape)
         if x.ndim >= 2:
-            noise *= np.sqrt(2 / x.shape[-2])  # kernels are (..., in, out)
-        elif path[-1].key == "scale":
-            noise = 1 + 0.3 * noise  # of a LayerNorm
+            noise *= 1.6 / np.sqrt(x.shape[-2])  # kernels are (..., in, out)
+        else:
+            noise = 0.5 * noise + (path[-1].key == "scale")  # a bias, or the scale of a LayerNorm
         return jnp.asarray(noise, x.dtype)
 
     return jax.tree_util.tree_map_with_path(random, params)

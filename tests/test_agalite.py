@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import assert_identical, build, deviation, float64, load, random_params, small_args
+from common import assert_identical, build, deviation, float64, load, quick_jit, random_params, small_args
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -80,9 +80,10 @@ def test_golden_numbers(r):
 
     memory_0 = memory
     with jax.default_matmul_precision("float32"):
-        input_gradient, (outputs, memory) = jax.jit(jax.grad(weighted_sum, has_aux=True))(x)
-        first, handed_over = net.apply(params, x[:split], reset[:split], memory_0)
-        second, _ = net.apply(params, x[split:], reset[split:], handed_over)
+        input_gradient, (outputs, memory) = quick_jit(jax.grad(weighted_sum, has_aux=True))(x)
+        apply = quick_jit(net.apply)
+        first, handed_over = apply(params, x[:split], reset[:split], memory_0)
+        second, _ = apply(params, x[split:], reset[split:], handed_over)
     assert 0 < split < len(x)
     # At r = 4 (period 6) too, although the authors' counter never goes back: the last episode begins at step 15, where
     # the two counters are half a period apart, which flips both cosines, keys and values alike, and cancels. That of
@@ -130,15 +131,18 @@ def reference_agent(params, obs, memory, args, xp):
 
 def agent_case(r: int, seed: int = 0):
     """Random parameters, observations and a memory in mid-episode."""
-    args = small_args(script, r=r)
+    args = small_args(script, r=r, num_layers=2 if r in (2, 4) else 1)
     _, agent, _ = build(script, args)
     rng = np.random.default_rng(seed)
     obs = rng.normal(size=(T, B, OBS)).astype(np.float32)
     memory = agent.initial_memory(B)
     period = len(script.cosine_frequencies(r)[0])
-    memory = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), memory)
-    layers = tuple(layer._replace(norm=jnp.abs(layer.norm)) for layer in memory.layers)
-    memory = script.Memory(jnp.asarray(rng.integers(period, size=B), jnp.int32), layers)
+    layers = []
+    for layer in memory.layers:  # |keys| <= norm, as it always is: keys = norm times a weighted mean of cosines
+        norm = rng.uniform(0.1, 2, layer.norm.shape)
+        keys, values = norm[:, None] * rng.uniform(-1, 1, layer.keys.shape), rng.normal(size=layer.values.shape)
+        layers.append(script.LayerMemory(*(np.float32(x) for x in (keys, values, norm))))
+    memory = script.Memory(np.int32(rng.integers(period, size=B)), tuple(layers))
     params = random_params(jax.eval_shape(agent.init, jax.random.key(0), obs, RESETS, memory), seed)
     return args, agent, params, obs, memory
 
@@ -156,20 +160,21 @@ def test_agrees_with_a_float64_reference(r):
         return weighted_sum((logits, value)), (logits, value, new)
 
     with jax.default_matmul_precision("float32"):
-        gradients, (logits, value, new) = jax.jit(jax.grad(ours, (0, 1, 2), has_aux=True))(params, obs, memory.layers)
+        gradients, (logits, value, new) = quick_jit(jax.grad(ours, (0, 1, 2), has_aux=True))(params, obs, memory.layers)
 
     (expected_logits, expected_value), (time, states) = reference_agent(
         float64(params), float64(obs), float64(memory), args, np
     )  # fmt: skip
     assert 0.3 < np.abs(expected_logits).mean() < 10, "activations of order 1"
-    assert deviation(logits, expected_logits) < 1e-5
-    assert deviation(value, expected_value) < 1e-5
+    # Where few queries are positive, and those hardly, attention multiplies rounding errors by 1 / query.
+    assert deviation(logits, expected_logits) < 3e-5
+    assert deviation(value, expected_value) < 3e-5
     f, period = which_frequency(r), len(script.cosine_frequencies(r)[0])
     np.testing.assert_array_equal(new.tick, time % period)
     for layer, (keys, values, norm) in zip(new.layers, states, strict=True):
-        assert deviation(jnp.moveaxis(layer.keys, 1, 0)[f].reshape(keys.shape), keys) < 1e-5
-        assert deviation(jnp.moveaxis(layer.values, 1, 0)[f], values) < 1e-5
-        assert deviation(layer.norm.reshape(norm.shape), norm) < 1e-5
+        assert deviation(jnp.moveaxis(layer.keys, 1, 0)[f].reshape(keys.shape), keys) < 5e-6
+        assert deviation(jnp.moveaxis(layer.values, 1, 0)[f], values) < 5e-6
+        assert deviation(layer.norm.reshape(norm.shape), norm) < 5e-6
 
     with jax.enable_x64(True):
 
@@ -179,36 +184,32 @@ def test_agrees_with_a_float64_reference(r):
 
         float_memory = jax.tree.map(jnp.asarray, float64(memory))
         inputs = jax.tree.map(jnp.asarray, float64((params, obs, memory.layers)))
-        expected = jax.jit(jax.grad(reference, (0, 1, 2)))(*inputs)
+        expected = quick_jit(jax.grad(reference, (0, 1, 2)))(*inputs)
         assert jax.tree.leaves(expected)[0].dtype == jnp.float64
         expected = float64(expected)
-    assert deviation(gradients, expected) < 1e-4
+    assert deviation(gradients, expected) < 3e-4
 
 
 @pytest.mark.parametrize("r", [4, 5])
 def test_an_episode_is_the_same_wherever_it_starts(r):
     """The counter goes back at a reset, also at r >= 4 where it matters: the outcome depends on the episode alone."""
-    args, agent, params, obs, memory = agent_case(r)
-    length = 20
-    episode, apply = obs[:length, :1], jax.jit(agent.apply)
-    outcomes = []
-    for start in range(9):  # more than a period (6 and 8)
-        before = obs[30 : 30 + start, :1]
-        reset = np.zeros((start + length, 1), bool)
-        reset[start] = True
-        first_memory = jax.tree.map(lambda x: x[:1], memory)
-        logits, value, new = apply(params, np.concatenate([before, episode]), reset, first_memory)
-        outcomes.append((logits[start:], value[start:], new))
-    for outcome in outcomes[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), outcome, outcomes[0])
+    args, agent, params, obs, _ = agent_case(r)
+    length, starts, apply = 20, np.arange(9), quick_jit(agent.apply)  # starts over more than a period (6 and 8)
+    steps = starts[:, None] + np.arange(length)  # (9, length), at which the same episode is put in nine environments
+    episodes, reset = obs[:30, [1] * 9], np.zeros((30, 9), bool)
+    for b, start in enumerate(starts):
+        episodes[start : start + length, b] = obs[:length, 0]
+        reset[[start, start + length], b] = True
+    logits, value, _ = apply(params, episodes, reset, agent.initial_memory(9))
+    for outcome in (logits, value):
+        outcome = np.stack([outcome[steps[b], b] for b in range(9)])
+        np.testing.assert_allclose(outcome, outcome[[0] * 9], rtol=0, atol=2e-5 * np.abs(outcome).max())
 
     # That it matters: with the counter running on, outputs within one episode depend on where it started.
-    blank = agent.initial_memory(1)
-    running_on = [
-        apply(params, episode, np.zeros((length, 1), bool), blank._replace(tick=blank.tick + shift))[0]
-        for shift in range(3)
-    ]
-    assert max(np.abs(x - running_on[0]).max() for x in running_on) > 1e-2
+    blank = agent.initial_memory(9)
+    shifted = blank._replace(tick=blank.tick + starts.astype(np.int32))
+    running_on, _, _ = apply(params, obs[:30, [0] * 9], np.zeros((30, 9), bool), shifted)
+    assert np.abs(running_on - running_on[:, :1]).max() > 1e-2
 
 
 @pytest.mark.parametrize("r", [1, 2, 3, 4, 5])
@@ -217,7 +218,7 @@ def test_the_counter_is_exact_forever(r):
     args, agent, params, obs, memory = agent_case(r)
     obs, reset = obs[:3], np.zeros((3, B), bool)
     table, count = script.cosine_frequencies(r)
-    period, apply = len(table), jax.jit(agent.apply)
+    period, apply = len(table), quick_jit(agent.apply)
     assert count.sum() == r and len(count) == (r + 1) // 2
     times = np.arange(3 * period)
     omega = np.linspace(-np.pi, np.pi, r)
@@ -247,10 +248,10 @@ def test_parameter_count(gate_init):
 
 def initial_params(**changes):
     """Parameters of a small agent as `init` makes them: a dict from the path, as one string, to the array."""
-    args = small_args(script, d_model=16, d_head=8, num_heads=2, eta=3, **changes)
+    args = small_args(script, d_model=16, d_head=8, num_heads=2, eta=3, num_layers=1, **changes)
     _, agent, _ = build(script, args)
     obs, reset = jnp.zeros((1, 1, OBS)), jnp.ones((1, 1), bool)
-    params = jax.jit(agent.init)(jax.random.key(7), obs, reset, agent.initial_memory(1))
+    params = quick_jit(agent.init)(jax.random.key(7), obs, reset, agent.initial_memory(1))
     leaves = jax.tree_util.tree_leaves_with_path(params["params"])
     return args, {"/".join(key.key for key in path): np.asarray(x) for path, x in leaves}
 
@@ -309,7 +310,14 @@ def test_initial_parameters(gate_init):
             kind = "Dense/kernel"
         kinds.add(kind)
     expected = "attention/kernel attention/bias expansion/kernel expansion/bias W/kernel U/kernel U_candidate/kernel"
-    assert kinds == {*expected.split(), "GRUGate/bias", "LayerNorm/scale", "LayerNorm/bias", "Dense/kernel", "Dense/bias"}
+    assert kinds == {
+        *expected.split(),
+        "GRUGate/bias",
+        "LayerNorm/scale",
+        "LayerNorm/bias",
+        "Dense/kernel",
+        "Dense/bias",
+    }
 
 
 def test_chrono_spreads_memories_evenly():
@@ -318,7 +326,7 @@ def test_chrono_spreads_memories_evenly():
     args = small_args(script, gate_init="chrono", chrono_t_max=t_max, d_head=128, num_heads=4, num_layers=2)
     u, reset, net = jnp.zeros((1, 1, args.d_model)), jnp.ones((1, 1)), script.AGaLiTe(args)
     cosines, memory = jnp.ones((1, 1, 2)), net.initial_memory(1).layers[0]
-    init = jax.jit(lambda key: script.AGaLiTeAttention(args).init(key, u, 1 - reset, cosines, memory))
+    init = quick_jit(lambda key: script.AGaLiTeAttention(args).init(key, u, 1 - reset, cosines, memory))
     biases = [np.float64(init(jax.random.key(seed))["params"]["bias"][3:]) for seed in range(2)]
     for steps in np.exp(-np.stack(biases)).reshape(4, -1):
         quantiles = (np.sort(steps) - 1) / (t_max - 1)

@@ -1,0 +1,72 @@
+"""python tests/devices.py SCRIPT, run by test_ppo.py with four virtual devices: two updates on all and on one.
+
+Prints a list, as JSON, with the largest difference and the largest collectives of the compiled update of each run.
+"""
+
+import json
+import re
+import sys
+
+import jax
+import numpy as np
+from common import bind, float64, load, quick_jit, tiny_args
+
+COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast|"
+    r"reduce-scatter)(?:-start)?\("
+)
+
+
+def size(shape: str) -> int:
+    """Bytes of an HLO shape such as (f32[8,4]{1,0}, pred[2]{0})."""
+    total = 0
+    for kind, bits, dims in re.findall(r"(pred|[a-z]+)(\d*)\w*\[([\d,]*)\]", shape):
+        total += (1 if kind == "pred" else int(bits) // 8) * int(np.prod([int(n) for n in dims.split(",") if n]))
+    return total
+
+
+def collectives(hlo: str) -> dict[str, int]:
+    """Each kind of collective in the program, with the bytes of the largest."""
+    largest = {}
+    for shape, kind in COLLECTIVE.findall(hlo):
+        largest[kind] = max(largest.get(kind, 0), size(shape))
+    return largest
+
+
+def run(script, args, shardings):
+    """Two updates -> runner, compiled update."""
+    init, update = (jax.vmap(f) for f in bind(script, args))
+    sharded, replicated = shardings or (None, None)
+    init = quick_jit(init, out_shardings=sharded)
+    runner = init(script.seed_keys(args))
+    update = quick_jit(update, out_shardings=(sharded, replicated)).lower(runner).compile()
+    for _ in range(2):
+        runner, _ = update(runner)
+    return runner, update
+
+
+def main(name: str):
+    script, results = load(name), []
+    assert jax.device_count() == 4
+    # A tiny model and many environments: a rollout is far larger than a gradient.
+    args = lambda num_seeds: tiny_args(script, num_seeds=num_seeds, num_envs=32, num_minibatches=2)
+    alone, _ = run(script, args(4), None)
+    for num_seeds, shards in ((1, [1, 8]), (4, [1, 32])):
+        shardings = script.make_shardings(args(num_seeds))
+        runner, compiled = run(script, args(num_seeds), shardings)
+        params, expected = float64(runner.learner.params), float64(alone.learner.params)
+        error = jax.tree.map(lambda a, b, n=num_seeds: np.abs(a - b[:n]).max(), params, expected)
+        results.append({
+            "num_seeds": num_seeds,
+            "error": max(jax.tree.leaves(error)),
+            "shards": list(runner.obs.addressable_shards[0].data.shape[:2]),
+            "expected shards": shards,
+            "bytes of parameters": sum(x[0].size * 4 for x in jax.tree.leaves(params)),
+            "bytes of a minibatch": 4 * args(1).batch_size // 2 * runner.obs.shape[-1],
+            "collectives": collectives(compiled.as_text()),
+        })  # fmt: skip
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

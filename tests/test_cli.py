@@ -1,0 +1,196 @@
+"""The command line, run as a user runs it from an empty folder: what a run leaves, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import jax
+import pytest
+from cli import BATCH, SMALL_FLAGS, checkpoint, finished, folder_of, rows, run, saved_args, snapshot, steps
+from common import SCRIPTS, load
+from PIL import Image
+
+COLUMNS = ["update", "seed", "global_step", "elapsed", "charts/SPS"]
+COLUMNS += ["charts/episodic_return", "charts/episodic_length", "charts/success_rate", "charts/learning_rate"]
+COLUMNS += ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
+COLUMNS += ["losses/explained_variance", "losses/grad_norm"]
+EPISODIC = [name for name in COLUMNS if "episodic" in name or "success" in name]
+
+
+def check_metrics(folder, seeds: list[int], updates: int):
+    """One row an update and seed, in order, all numbers finite, cells empty just where no episode ended."""
+    table = rows(folder)
+    assert set(COLUMNS) <= set(table[0])
+    expected = [(u, s, u * BATCH) for u in range(1, updates + 1) for s in seeds]
+    assert [(int(row["update"]), int(row["seed"]), int(row["global_step"])) for row in table] == expected
+    for row in table:
+        for name in row:
+            if name not in (*EPISODIC, "losses/explained_variance"):
+                assert math.isfinite(float(row[name])), (name, row)
+        ended = float(row["charts/episodes"]) > 0
+        assert [name for name in EPISODIC if (row[name] != "") != ended] == []
+        assert not ended or 0 <= float(row["charts/success_rate"]) <= 1
+    assert {float(row["charts/episodes"]) > 0 for row in table} == {True, False}, "the test must see both kinds"
+    assert all(float(row["charts/SPS"]) > 0 for row in table)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_run_leaves_what_it_promises(script, tmp_path):
+    """A run leaves arguments, metrics, checkpoints, curve, video and evaluation; the terminal tells how it went."""
+    flags = ["--total-timesteps", "1e3", "--capture-video", "--track"]
+    out, err = run(script, *flags, cwd=tmp_path)
+    folder = folder_of(tmp_path)
+    assert folder.name.split("__")[1:3] == [script, "1"]
+    args = saved_args(folder)
+    assert args["total_timesteps"] == 1000 and args["num_envs"] * args["num_steps"] == BATCH
+    check_metrics(folder, [1], 1000 // BATCH)
+    assert steps(folder)[-1] == 1000 // BATCH
+    with Image.open(folder / "learning_curve.png") as picture:
+        picture.load()
+        assert min(picture.size) > 100
+    with Image.open(next((folder / "videos").glob("*.gif"))) as video:
+        assert video.n_frames > 1
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for kind in ("sampled", "greedy"):
+        assert len(evaluation[kind]["success"]) == 1 and 0 <= evaluation[kind]["success"][0] <= 1
+        assert evaluation[kind]["episodic_length"][0] >= 1
+    assert list((folder / "wandb").rglob("*.wandb")), "--track, offline, keeps a record"
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "nothing outside runs/"
+
+    size = sum(x[0].size for x in jax.tree.leaves(checkpoint(folder)["runner"]["learner"]["params"]))
+    assert f"{size:,} parameters" in out
+    assert "step/s" in err and "return=" in err and "success=" in err
+    assert "evaluation with sampled actions, 20 episodes:" in out and str(folder) in out.splitlines()[-1]
+    assert "Traceback" not in err and "Warning" not in err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_several_seeds_have_rows_each(script, tmp_path):
+    """--num-seeds 2 leaves a row an update and seed, and the seeds differ."""
+    run(script, "--num-seeds", 2, "--seed", 3, "--total-timesteps", 12 * BATCH, cwd=tmp_path)
+    folder = folder_of(tmp_path)
+    check_metrics(folder, [3, 4], 12)
+    first = [row["losses/value_loss"] for row in rows(folder)]
+    assert all(a != b for a, b in zip(first[::2], first[1::2], strict=True))
+    assert len(json.loads((folder / "evaluation.json").read_text())["sampled"]["success"]) == 2
+
+
+# Flags, and what the one sentence must name: the value, and the rule or the way out.
+REFUSED = {
+    "ppo_agalite_tmaze": [
+        ("--corridor-len 1", "--corridor-len 1", "at least 2"),
+        ("--corridor-len 300", "--corridor-len 300", "8-bit Gray code, so at most 256"),
+        ("--corridor-len -5", "--corridor-len -5", "at least 2"),
+        ("--corridor-len abc", "--corridor-len", "abc"),
+        ("--corridor-len 20 --max-episode-steps 19", "--max-episode-steps 19", "at least 20"),
+        ("--num-distractors -1", "--num-distractors -1", "at least 0"),
+        ("--gate-init foo", "foo", "chrono"),
+        ("--chrono-t-max 1", "--chrono-t-max 1", "above 1"),
+        ("--num-envs 8 --num-minibatches 3", "--num-envs 8", "not divisible by --num-minibatches 3"),
+        ("--num-envs 0", "--num-envs 0", "at least 1"),
+        ("--num-seeds 0", "--num-seeds 0", "at least 1"),
+        ("--total-timesteps 10", "--total-timesteps 10", "less than one update"),
+        ("--total-timesteps 1.5e0", "1.5e0", "not a whole number"),
+        ("--total-timesteps inf", "inf", "not a whole number"),
+        ("--total-timesteps abc", "--total-timesteps", "abc"),
+        ("--learning-rate nan", "--learning-rate nan", "finite"),
+        ("--learning-rate inf", "--learning-rate inf", "finite"),
+        ("--learning-rate -1", "--learning-rate -1", "at least 0"),
+        ("--learning-rate 0", "--learning-rate 0", "above 0"),
+        ("--gamma 1.5", "--gamma 1.5", "at most 1"),
+        ("--gae-lambda -0.1", "--gae-lambda -0.1", "at least 0"),
+        ("--clip-coef 0", "--clip-coef 0", "above 0"),
+        ("--num-layers 0", "--num-layers 0", "at least 1"),
+        ("--seed -1", "--seed -1", "at least 0"),
+        ("--seed 4294967296", "--seed 4294967296", "below 2^31"),
+        ("--no-such-flag 3", "--no-such-flag", "nrecognized"),
+        ("--exp-name a/b", "--exp-name a/b", "folder"),
+        ("--resume nowhere", "nowhere", "not the folder of a run"),
+        ("--evaluate nowhere", "nowhere", "not the folder of a run"),
+    ],
+}  # fmt: skip
+
+
+def refusal(script: str, argv: list[str], capsys) -> str:
+    """What parse_args says as it refuses, as one line."""
+    with pytest.raises(SystemExit) as refused:
+        load(script).parse_args(argv)
+    assert refused.value.code not in (0, None)
+    said = capsys.readouterr().err + (refused.value.code if isinstance(refused.value.code, str) else "")
+    assert "Traceback" not in said
+    return " ".join(said.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("script, flags, value, rule", [(s, *case) for s in SCRIPTS for case in REFUSED[s]])
+def test_impossible_arguments_are_refused(script, flags, value, rule, capsys):
+    """An argument that cannot work is refused with its value and the rule."""
+    said = refusal(script, flags.split(), capsys)
+    assert value in said and rule in said, said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_refusal_comes_before_anything_else(script, tmp_path):
+    """A refused command exits non-zero at once, without a traceback, and leaves no folder."""
+    out, err = run(script, "--num-minibatches", 3, cwd=tmp_path, expect=2)
+    assert "--num-minibatches 3" in err and "Traceback" not in err and out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_checks_the_folder(script, tmp_path, capsys):
+    """--resume refuses folders without a run and flags that differ from the run's, naming both values."""
+    assert "not the folder of a run" in refusal(script, ["--resume", str(tmp_path)], capsys)
+    (tmp_path / "args.json").write_text("{")  # as a full disk leaves it
+    assert str(tmp_path) in refusal(script, ["--resume", str(tmp_path)], capsys)
+
+    folder = str(finished(script))
+    said = refusal(script, ["--resume", folder, "--gamma", "0.5"], capsys)
+    assert "--gamma 0.5" in said and "--gamma 0.99" in said
+    assert "--evaluate" in refusal(script, ["--resume", folder, "--evaluate", folder], capsys)
+    args = load(script).parse_args(["--resume", folder, "--gamma", "0.99"])
+    assert args.gamma == 0.99 and args.num_envs * args.num_steps == BATCH
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_judges_flags_by_the_run_not_by_the_defaults(script):
+    """Beside --resume a flag needs to fit the run's other arguments, not the defaults."""
+    few = 3 * BATCH  # less than one update with the default sizes
+    args = load(script).parse_args(["--resume", str(finished(script)), "--total-timesteps", str(few)])
+    assert args.total_timesteps == few
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_annealed_run_cannot_be_extended(script, tmp_path, capsys):
+    """With --anneal-lr the length of a run is part of the computation, so --resume refuses another."""
+    args = load(script).parse_args(SMALL_FLAGS[script].split() + ["--anneal-lr", "--total-timesteps", "6400"])
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    said = refusal(script, ["--resume", str(tmp_path), "--total-timesteps", "12800"], capsys)
+    assert "--total-timesteps 12800" in said and "6400" in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluate_only_evaluates(script, tmp_path):
+    """--evaluate leaves checkpoints, metrics and arguments as they are and evaluates again, to the same result."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished(script), folder)
+    (folder / "evaluation.json").unlink()
+    before = snapshot(folder)
+    out, _ = run(script, "--evaluate", folder, cwd=tmp_path, small=False)
+    after = snapshot(folder)
+    assert {name for name in after if after[name] != before.get(name)} <= {"learning_curve.png", "evaluation.json"}
+    assert set(after) == set(before) | {"evaluation.json"}
+    assert after["evaluation.json"] == (finished(script) / "evaluation.json").read_bytes()
+    assert "evaluation with sampled actions" in out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_finished_run_can_be_extended(script, tmp_path):
+    """--resume with more --total-timesteps goes on where a finished run ended, and keeps its rows."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished(script), folder)
+    before = rows(folder)
+    run(script, "--resume", folder, "--total-timesteps", 220 * BATCH, cwd=tmp_path, small=False)
+    assert rows(folder)[: len(before)] == before
+    check_metrics(folder, [1], 220)
+    assert steps(folder)[-1] == 220

@@ -1,0 +1,54 @@
+"""Several processes that train together must equal one, and stop together. Here: two on this machine, over gloo."""
+
+import os
+import signal
+import socket
+
+import pytest
+from cli import BATCH, ENVIRONMENT, checkpoint, finish, folder_of, lasting, rows, run, start, steps, wait_for_row
+from common import SCRIPTS, assert_close
+
+
+def start_two(script, *flags, **options):
+    """Starts the two processes of a distributed run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    job = ENVIRONMENT | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start(script, "--distributed", *flags, env=job | {"JAX_PROCESS_ID": str(i)}, **options) for i in range(2)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_equal_one(script, tmp_path):
+    """After two updates, and resumed for two more, two processes have the parameters and metrics of one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    run(script, "--total-timesteps", 4 * BATCH, "--checkpoint-interval", 2, cwd=one)
+    for process in start_two(script, "--total-timesteps", 2 * BATCH, cwd=two):
+        finish(process)
+    ours, expected = folder_of(two), folder_of(one)  # one folder: both processes agree on its name
+    for updates in (2, 4):
+        assert steps(ours)[-1] == updates
+        learners = [checkpoint(folder, updates)["runner"]["learner"] for folder in (ours, expected)]
+        assert_close(learners[0], learners[1], atol=1e-4)
+        assert len(rows(ours)) == updates  # of process 0 alone
+        for row, other in zip(lasting(ours), lasting(expected), strict=False):
+            assert {k: float(v or 0) for k, v in row.items()} == pytest.approx(
+                {k: float(v or 0) for k, v in other.items()}, abs=1e-3
+            )
+        if updates == 2:
+            for process in start_two(script, "--resume", ours, "--total-timesteps", 4 * BATCH, cwd=two, small=False):
+                finish(process)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_signal_to_one_stops_both(script, tmp_path):
+    """SIGTERM to one of the processes stops both after the same update, with a checkpoint of it."""
+    processes = start_two(script, "--total-timesteps", 5000 * BATCH, cwd=tmp_path)
+    wait_for_row(processes[0], tmp_path, 5)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    said = [finish(process, expect=128 + signal.SIGTERM)[0] for process in processes]
+    folder = folder_of(tmp_path)
+    last = len(rows(folder))
+    assert 5 <= last < 5000 and steps(folder)[-1] == last
+    assert all(f"after update {last}" in out for out in said)

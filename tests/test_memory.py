@@ -1,0 +1,90 @@
+"""What the memory of every script's agent must do: hold across calls, and forget at a reset."""
+
+import jax
+import numpy as np
+import pytest
+from common import SCRIPTS, assert_close, build, load, quick_jit, random_params, small_args
+
+T, B = 50, 3
+RESETS = np.zeros((T, B), bool)
+RESETS[[0, 17, 18, T - 1], 0] = True  # at the start, consecutive, at the end
+RESETS[[16, 37], 1] = True  # at places where the sequence is cut; begins in mid-episode
+# the third never ends: longer than any chunk or memory window
+
+
+class Case:
+    """A small agent with random parameters, observations, and a memory some steps into an episode."""
+
+    def __init__(self, name: str):
+        script = load(name)
+        args = small_args(script)
+        env, agent, _ = build(script, args)
+        rng = np.random.default_rng(0)
+        shape = env.observation_space(env.default_params).shape
+        earlier, self.obs = np.float32(rng.normal(size=(2, T, B, *shape)))
+        blank = agent.initial_memory(B)
+        params = jax.eval_shape(agent.init, jax.random.key(0), self.obs, RESETS, blank)
+        self.params, apply = random_params(params), quick_jit(agent.apply)
+        self.apply = lambda obs, reset, memory: apply(self.params, obs, reset, memory)
+        _, _, self.memory = self.apply(earlier, np.zeros((T, B), bool), blank)
+        self.logits, self.value, self.end = self.apply(self.obs, RESETS, self.memory)
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def case(request):
+    return Case(request.param)
+
+
+CHUNKS = {"single": (1,) * T, "20+30": (20, 30), "16+34": (16, 34), "37+13": (37, 13), "1+48+1": (1, 48, 1)}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_one_pass_equals_any_cut_into_chunks(case, chunks):
+    """One call over T steps equals single steps and any chunks, with the memory handed over from call to call."""
+    assert sum(chunks) == T
+    memory, outputs, start = case.memory, [], 0
+    for n in chunks:
+        logits, value, memory = case.apply(case.obs[start : start + n], RESETS[start : start + n], memory)
+        outputs.append((logits, value))
+        start += n
+    logits, value = (np.concatenate(x) for x in zip(*outputs, strict=True))
+    assert_close((logits, value, memory), (case.logits, case.value, case.end), atol=1e-4)
+
+
+def test_the_past_is_remembered_until_a_reset(case):
+    """After a reset nothing depends on what came before, be it steps or the memory handed in; before it, much does."""
+    rng = np.random.default_rng(1)
+
+    def garbage(x):
+        if not np.issubdtype(x.dtype, np.floating):
+            return x[::-1] if x.dtype == bool else x + 3  # a mask, a counter
+        return np.float32(10 * rng.normal(size=x.shape))
+
+    # An environment that resets at the start forgets the memory; another one does not.
+    logits, value, end = case.apply(case.obs, RESETS, jax.tree.map(garbage, case.memory))
+    assert_close((logits[:, 0], value[:, 0]), (case.logits[:, 0], case.value[:, 0]), atol=1e-6)
+    assert np.abs(logits[:16, 1] - case.logits[:16, 1]).max() > 1e-2
+    assert_close((logits[16:, 1], value[16:, 1]), (case.logits[16:, 1], case.value[16:, 1]), atol=1e-6)
+    assert np.abs(value[:, 2] - case.value[:, 2]).max() > 1e-2
+    # What is handed on is as forgetful as the outputs.
+    more = lambda memory: case.apply(case.obs[:1], np.zeros((1, B), bool), memory)[:2]
+    (logits, value), (expected_logits, expected_value) = more(end), more(case.end)
+    assert_close((logits[:, :2], value[:, :2]), (expected_logits[:, :2], expected_value[:, :2]), atol=1e-6)
+
+    # Other observations up to a reset change what comes before it and nothing after it.
+    obs = case.obs.copy()
+    obs[:17, 0] = rng.normal(size=obs[:17, 0].shape)
+    obs[:37, 1] = rng.normal(size=obs[:37, 1].shape)
+    obs[:1, 2] = rng.normal(size=obs[:1, 2].shape)
+    logits, value, _ = case.apply(obs, RESETS, case.memory)
+    for b, reset in ((0, 17), (1, 37)):
+        assert np.abs(logits[:reset, b] - case.logits[:reset, b]).max() > 1e-2
+        assert_close((logits[reset:, b], value[reset:, b]), (case.logits[reset:, b], case.value[reset:, b]), atol=1e-6)
+    assert np.abs(logits[1:, 2] - case.logits[1:, 2]).max() > 1e-3, "one observation is remembered later"
+
+
+def test_environments_do_not_mix(case):
+    """Each environment's outcome depends on its own observations, resets and memory alone."""
+    logits, value, end = case.apply(case.obs[:, ::-1], RESETS[:, ::-1], jax.tree.map(lambda x: x[::-1], case.memory))
+    end = jax.tree.map(lambda x: x[::-1], end)
+    assert_close((logits[:, ::-1], value[:, ::-1], end), (case.logits, case.value, case.end), atol=1e-5)
