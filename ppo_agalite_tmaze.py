@@ -14,10 +14,12 @@ Letters of the axes, time first throughout:
     T time steps   B environments   S seeds   D d_model   H heads   d d_head   e eta   F distinct frequencies
 """
 
+import argparse
 import csv
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import signal
@@ -68,7 +70,7 @@ class Args:
     """decides everything: parameters, environments, actions, minibatches"""
     num_seeds: int = 1
     """how many seeds to train at once: seed, seed + 1, ..."""
-    total_timesteps: WholeNumber = 500_000
+    total_timesteps: WholeNumber = 400_000
     """environment steps per seed (1e6 is understood; published: 5e6)"""
     checkpoint_interval: int = 20
     """updates between two checkpoints"""
@@ -118,9 +120,6 @@ class Args:
     """hidden width of the policy head"""
     d_critic: int = 128
     """hidden width of the value head"""
-    value_init: float = -12.0
-    """initial value of every state, below the worst true one, -0.1 / (1 - gamma), so that what is new looks better than
-    what is known and the agent explores (published: 0)"""
 
     num_envs: int = 16
     """environments B stepped together (published: 8)"""
@@ -171,22 +170,20 @@ class Args:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (float, float | None) and value is not None:
-                require(math.isfinite(value), field.name, "must be a finite number")
-                require(value >= 0 or field.name == "value_init", field.name, "must be at least 0")
+                require(math.isfinite(value) and value >= 0, field.name, "must be a finite number, at least 0")
             elif field.type in (int, WholeNumber) and field.name not in ("seed", "num_distractors", "corridor_len"):
                 require(value >= 1, field.name, "must be at least 1")
         require(0 <= self.seed <= 2**31 - self.num_seeds, "seed", "must be at least 0 and below 2^31")
+        require("/" not in self.exp_name, "exp_name", "is part of a folder's name, so no / in it")
         require(self.gamma <= 1, "gamma", "must be at most 1")
         require(self.gae_lambda <= 1, "gae_lambda", "must be at most 1")
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "adam_eps"):
             require(getattr(self, name) > 0, name, "must be above 0")
         require(self.chrono_t_max > 1, "chrono_t_max", "must be above 1, the shortest memory")
-        minibatches = (
-            f"is not divisible by --num-minibatches {self.num_minibatches}; a minibatch is made of whole rollouts"
-        )
-        require(self.num_envs % self.num_minibatches == 0, "num_envs", minibatches)
-        update = f"is less than one update of --num-envs {self.num_envs} x --num-steps {self.num_steps} steps"
-        require(self.num_updates >= 1, "total_timesteps", update)
+        rule = f"not divisible by --num-minibatches {self.num_minibatches}, and a minibatch is made of whole rollouts"
+        require(self.num_envs % self.num_minibatches == 0, "num_envs", rule)
+        rule = f"less than one update, --num-envs {self.num_envs} x --num-steps {self.num_steps} steps"
+        require(self.num_updates >= 1, "total_timesteps", rule)
         require(not (self.resume and self.evaluate), "resume", "cannot be combined with --evaluate; give one of them")
         try:
             make_env(self, 1)
@@ -394,16 +391,15 @@ class AGaLiTe(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense, tanh, Dense, both orthogonal(sqrt(2)). x (T, B, D) -> (T, B, outputs), at first not far from bias."""
+    """Dense, tanh, Dense. x (T, B, D) -> (T, B, outputs). The wide last layer of the actor starts off the walk."""
 
     hidden: int
     outputs: int
-    bias: float = 0.0
 
     @nn.compact
     def __call__(self, x):
         x = nn.tanh(nn.Dense(self.hidden, kernel_init=orthogonal)(x))
-        return nn.Dense(self.outputs, kernel_init=orthogonal, bias_init=nn.initializers.constant(self.bias))(x)
+        return nn.Dense(self.outputs, kernel_init=orthogonal)(x)
 
 
 class ActorCritic(nn.Module):
@@ -423,7 +419,7 @@ class ActorCritic(nn.Module):
     def __call__(self, obs, reset, memory: Memory):
         x, memory = AGaLiTe(self.args, name="memory")(obs, reset, memory)  # (T, B, D)
         logits = Head(self.args.d_actor, self.num_actions, name="actor")(x)
-        value = Head(self.args.d_critic, 1, self.args.value_init, name="critic")(x).squeeze(-1)
+        value = Head(self.args.d_critic, 1, name="critic")(x).squeeze(-1)
         return logits, value, memory
 
 
@@ -625,17 +621,18 @@ FREE_FLAGS |= {"track", "wandb_project_name", "wandb_entity"}
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line. With --resume or --evaluate the run's own arguments are the defaults, and binding."""
+    existing = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    existing.add_argument("--resume")
+    existing.add_argument("--evaluate")
+    existing = existing.parse_known_args(argv)[0]  # first, since it decides what the other flags are judged by
+    folder = existing.resume or existing.evaluate
+    if not folder:
+        return tyro.cli(Args, args=argv)
     try:
-        args = tyro.cli(Args, args=argv)
-        folder = args.resume or args.evaluate
-        if not folder:
-            return args
         saved = Args(**json.loads((Path(folder) / "args.json").read_text()))
-        args = tyro.cli(Args, args=argv, default=saved)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{folder} is not the folder of a run of this script: {error}") from None
+    args = tyro.cli(Args, args=argv, default=saved)
     free = FREE_FLAGS if args.anneal_lr else FREE_FLAGS | {"total_timesteps"}
     for name, value in dataclasses.asdict(saved).items():
         if name not in free and getattr(args, name) != value:
@@ -683,10 +680,13 @@ def restore(checkpoints: ocp.CheckpointManager, like: RunnerState) -> RunnerStat
             if saved["checksum"] == checksum(saved["runner"]):
                 return saved["runner"]
             reason = "its checksum is wrong"
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-        damaged = checkpoints.directory / f"damaged_{step}"
-        (checkpoints.directory / str(step)).rename(damaged)
+        except Exception as error:  # damage shows as almost anything; orbax raises the bare class too
+            reason = (str(error) or repr(error)).splitlines()[0][:100]
+        damaged = checkpoints.directory / f"damaged_{step}_{int(time.time())}"
+        if jax.process_index() == 0:
+            (checkpoints.directory / str(step)).rename(damaged)
+        multihost_utils.sync_global_devices("set aside")
+        checkpoints.reload()  # or it would take the step for saved
         print(f"checkpoint {step} is damaged ({reason}), set aside as {damaged}")
     raise SystemExit(f"{checkpoints.directory} holds no checkpoint that can be read; begin the run anew")
 
@@ -697,14 +697,28 @@ def cut_metrics(path: Path, columns: list[str], last: int) -> None:
     with path.with_suffix(".new").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(row for row in rows if int(row["update"]) <= last)
+        writer.writerows(row for row in rows if None not in row.values() and int(row["update"]) <= last)
     path.with_suffix(".new").replace(path)  # at every moment one of them is whole
 
 
 def interval(values) -> str:
     """Mean and half of its 95% interval, in the normal approximation."""
     values = np.asarray(values, float)
-    return f"{values.mean():.3g} ± {1.96 * values.std() / math.sqrt(values.size):.2g}"
+    half = f" ± {1.96 * values.std() / math.sqrt(values.size):.2g}" if values.size > 1 else ""
+    return f"{values.mean():.3g}{half}"
+
+
+def catch_signals() -> list[int]:
+    """From now on Ctrl-C and SIGTERM only go into the list returned, to be seen after an update; a second one kills."""
+    signals = []
+
+    def handle(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return signals
 
 
 def agreed(signals: list[int]) -> int:
@@ -713,9 +727,9 @@ def agreed(signals: list[int]) -> int:
     return int(mine if jax.process_count() == 1 else multihost_utils.process_allgather(mine).max())
 
 
-def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoints, signals: list[int], tracker):
+def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoints, tracker):
     """Updates until the end or a signal, with rows in metrics.csv and checkpoints -> the trained runner."""
-    start_time, chief = time.time(), jax.process_index() == 0
+    start_time, chief, signals = time.time(), jax.process_index() == 0, catch_signals()
     first = int(runner.learner.update.addressable_shards[0].data[0])
     columns = ["update", "seed", "global_step", "elapsed", "charts/SPS", *jax.eval_shape(update_seeds, runner)[1]]
     compiled = update_seeds.lower(runner).compile()
@@ -728,7 +742,11 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
 
     def save(number: int):
         tree = {"runner": runner, "checksum": checksum(runner)}
-        if number not in checkpoints.all_steps() and not checkpoints.save(number, args=ocp.args.StandardSave(tree)):
+        try:
+            written = number in checkpoints.all_steps() or checkpoints.save(number, args=ocp.args.StandardSave(tree))
+        except Exception as error:  # a full disk is a ValueError in tensorstore
+            raise OSError(f"checkpoint {number} could not be written: {error}") from None
+        if not written:
             raise OSError(f"checkpoint {number} was not written")
 
     with open(folder / "metrics.csv" if chief else os.devnull, "a", newline="", buffering=1) as file, bar:
@@ -766,6 +784,8 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
             if stop:
                 print(f"\nstopped and saved after update {number}; to go on: python {sys.argv[0]} --resume {folder}")
                 raise SystemExit(128 + stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     return runner
 
 
@@ -841,14 +861,10 @@ def start_tracker(args: Args, folder: Path):
 
 
 def main(args: Args) -> None:
-    if (
-        args.distributed
-    ):  # processes find each other through their cluster, or through JAX_COORDINATOR_ADDRESS and these
+    if args.distributed:  # the processes find each other through their cluster, or JAX_COORDINATOR_ADDRESS and these
         given = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
         jax.distributed.initialize(**{name: int(value) for name, value in given.items() if value})
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # only now: jax.distributed replaces handlers
-        signal.signal(number, lambda number, _: signals.append(number))
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of what it then raises
 
     env = make_env(args, args.num_envs)
     agent, optimizer = ActorCritic(args, env.action_space(env.default_params).n), make_optimizer(args)
@@ -858,8 +874,10 @@ def main(args: Args) -> None:
     update_seeds = jax.jit(bound[1], out_shardings=(sharded, replicated), donate_argnums=0)
 
     existing = args.resume or args.evaluate
-    folder = Path(existing or f"runs/tmaze__{args.exp_name}__{args.seed}__{int(time.time())}").absolute()
+    now = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))  # the same in all processes
+    folder = Path(existing or f"runs/tmaze__{args.exp_name}__{args.seed}__{now}").absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    handler = ocp.StandardCheckpointHandler()  # named here, or an empty newest step makes all of them unreadable
     try:
         if not existing and jax.process_index() == 0:
             folder.mkdir(parents=True)
@@ -868,10 +886,10 @@ def main(args: Args) -> None:
         runner = init_seeds(seed_keys(args))
         size = sum(x[0].size for x in jax.tree.leaves(runner.learner.params))
         print(f"{folder}: {size:,} parameters, {args.num_updates} updates of {args.batch_size} steps")
-        with ocp.CheckpointManager(folder / "checkpoints", options=options) as checkpoints:
+        with ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handler) as checkpoints:
             runner = restore(checkpoints, runner) if existing else runner
             if not args.evaluate:
-                runner = train(args, update_seeds, runner, folder, checkpoints, signals, tracker)
+                runner = train(args, update_seeds, runner, folder, checkpoints, tracker)
         report(args, agent, runner, folder, replicated, tracker)
     except OSError as error:
         raise SystemExit(f"{folder}: {error}. The checkpoints in it are intact; --resume goes on from there") from None
