@@ -1,0 +1,146 @@
+"""The same name means the same text: compares the scripts, and repairs copies.
+
+    python tests/sync.py                        lists the differences; exit status 1 if there are any
+    python tests/sync.py --from ppo_a_b.py      writes that script's text into all others that bear the same names
+
+Compared are the classes, functions and assignments at a script's top level: all of their lines, with decorators,
+docstrings, comments inside and right above. `Args`, `ActorCritic`, `make_env` and `main` alone may differ; fields of
+Args with one name share their type and the first line of their docstring.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+
+MAY_DIFFER = {"Args", "ActorCritic", "make_env", "main"}
+SECTION = re.compile(r"# -{10,}")  # the rule above a section belongs to no block
+
+
+class Script:
+    """A script cut into blocks. spans: from a name to its pieces, (first, last) line each, counted from 0."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines = path.read_text().splitlines()
+        self.tree = ast.parse("\n".join(self.lines))
+        self.spans = {}
+        for node in self.tree.body:
+            for name in names_of(node):
+                self.spans.setdefault(name, []).append(self.span(node))
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        """Its first and last line, with decorators, comments right above and indented comments at the end."""
+        first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))]) - 1
+        last = node.end_lineno - 1
+        while first > 0 and self.lines[first - 1].startswith("#") and not SECTION.match(self.lines[first - 1]):
+            first -= 1
+        after = last + 1
+        while after < len(self.lines) and re.match(r"\s+#|\s*$", self.lines[after]):
+            last = after if self.lines[after].strip() else last
+            after += 1
+        return first, last
+
+    def text(self, name: str) -> list[str]:
+        """The pieces of a block, usually one; two for an assignment that a second one adds to."""
+        return ["\n".join(self.lines[first : last + 1]) for first, last in self.spans[name]]
+
+    def fields(self) -> dict[str, tuple[str, str]]:
+        """Of each field of Args its type and the first line of its docstring."""
+        return {
+            name: (ast.unparse(node.annotation), docstring.value.value.strip().splitlines()[0])
+            for name, (node, docstring) in self.field_nodes().items()
+        }
+
+    def field_nodes(self) -> dict[str, tuple[ast.AnnAssign, ast.Expr]]:
+        body = next((node.body for node in self.tree.body if getattr(node, "name", "") == "Args"), [])
+        found = {}
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign):
+                if not (isinstance(after, ast.Expr) and isinstance(getattr(after.value, "value", None), str)):
+                    raise SystemExit(f"{self.path.name}: Args.{node.target.id} has no docstring")
+                found[node.target.id] = node, after
+        return found
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """What a statement at the top level defines."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [x.id for target in targets if target for x in ast.walk(target) if isinstance(x, ast.Name)]
+
+
+def differences(paths: list[Path]) -> list[str]:
+    """One line for each name that does not mean the same in all scripts; each is compared with the first to have it."""
+    first_text, first_field, found = {}, {}, []
+    for script in map(Script, sorted(paths)):
+        for name in script.spans:
+            if name not in MAY_DIFFER:
+                path, text = first_text.setdefault(name, (script.path, script.text(name)))
+                if text != script.text(name):
+                    found.append(f"{name} differs between {path.name} and {script.path.name}")
+        for name, field in script.fields().items():
+            path, expected = first_field.setdefault(name, (script.path, field))
+            if expected != field:
+                found.append(f"Args.{name} differs between {path.name}, {expected}, and {script.path.name}, {field}")
+    return found
+
+
+def repaired(script: Script, source: Script) -> list[str]:
+    """The lines of the script with every block and field it shares with the source as it is there."""
+    edits = []  # (first line, last line, new lines)
+    done = set()
+    for name in script.spans:
+        if name in MAY_DIFFER or name not in source.spans or script.text(name) == source.text(name):
+            continue
+        old, new = script.spans[name], source.text(name)
+        if tuple(old) in done:  # two names of one assignment
+            continue
+        done.add(tuple(old))
+        if len(old) == len(new):
+            edits += [(first, last, text.splitlines()) for (first, last), text in zip(old, new, strict=True)]
+        else:  # all pieces where the first one stood
+            edits.append((*old[0], "\n".join(new).splitlines()))
+            edits += [(first, last, []) for first, last in old[1:]]
+
+    theirs, nodes = source.fields(), script.field_nodes()
+    for name, field in script.fields().items():
+        if name in theirs and field != theirs[name]:
+            (kind, summary), (node, docstring) = theirs[name], nodes[name]
+            first, last = node.annotation.lineno - 1, node.annotation.end_lineno - 1
+            before = script.lines[first].encode()[: node.annotation.col_offset].decode()  # ast counts bytes
+            after = script.lines[last].encode()[node.annotation.end_col_offset :].decode()
+            edits.append((first, last, [before + kind + after]))
+            row = docstring.lineno - 1
+            edits.append((row, row, [script.lines[row].replace(field[1], summary, 1)]))
+
+    lines = list(script.lines)
+    for first, last, new in sorted(edits, reverse=True):
+        lines[first : last + 1] = new
+    return lines
+
+
+def main(folder: Path, argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", metavar="SCRIPT", help="the script whose text is right")
+    source = parser.parse_args(argv).source
+    paths = sorted(folder.glob("ppo_*.py"))
+    if source:
+        right = folder / Path(source).name
+        if right not in paths:
+            parser.error(f"--from {source}: no such script in {folder}; there are {[path.name for path in paths]}")
+        for path in paths:
+            script = Script(path)
+            lines = repaired(script, Script(right))
+            if lines != script.lines:
+                path.write_text("\n".join(lines) + "\n")
+                print(f"{path.name} repaired from {right.name}")
+    found = differences(paths)
+    print("\n".join(found) or f"{len(paths)} scripts: the same name means the same text")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(__file__).parent.parent))

@@ -1,0 +1,60 @@
+"""Each script learns a small task that needs memory, and does not learn it when its memory is taken away."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import build, load, steady_jit
+
+SETTINGS = {
+    "ppo_agalite_tmaze": {
+        "corridor_len": 8, "max_episode_steps": 50, "num_layers": 1, "d_model": 32, "d_head": 16, "d_ffc": 32,
+        "num_heads": 2, "eta": 2, "d_actor": 32, "d_critic": 32, "chrono_t_max": 30.0,
+        "num_envs": 16, "num_steps": 64, "learning_rate": 1e-3, "ent_coef": 0.03, "total_timesteps": 65_536,
+    },
+}  # fmt: skip
+
+
+class Forgetful:
+    """An agent that, where its parameter says so, is told at every step that a new episode begins."""
+
+    def __init__(self, agent):
+        self.agent, self.initial_memory = agent, agent.initial_memory
+
+    def init(self, key, obs, reset, memory):
+        return {"agent": self.agent.init(key, obs, reset, memory), "forgets": jnp.zeros(())}
+
+    def apply(self, params, obs, reset, memory):
+        return self.agent.apply(params["agent"], obs, reset | (params["forgets"] > 0), memory)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_learns_with_memory_and_only_with_it(name):
+    """Success is at least 0.9 in 200 episodes on each of three seeds, and at most 0.6, chance being 0.5, for the same
+    script without memory; six runs in one, so that it compiles once."""
+    script, seeds = load(name), [1, 2, 3]
+    args = script.Args(**SETTINGS[name])
+    env, agent, optimizer = build(script, args)
+    agent = Forgetful(agent)
+    init, update = (
+        steady_jit(jax.vmap(functools.partial(f, args, env, agent, optimizer))) for f in (script.init, script.update)
+    )
+    keys, forgets = jax.vmap(jax.random.key)(np.array(2 * seeds)), np.repeat(np.float32([0, 1]), len(seeds))
+    runner = init(keys)
+    params = runner.learner.params | {"forgets": jnp.array(forgets)}
+    runner = runner._replace(learner=runner.learner._replace(params=params))
+    for _ in range(args.num_updates):
+        runner, _ = update(runner)
+
+    env = script.make_env(args, 200)
+    evaluate = steady_jit(jax.vmap(functools.partial(script.evaluate, args, env, agent, greedy=False)))
+    result = evaluate(runner.learner.params, keys)
+    np.testing.assert_array_equal(runner.learner.params["forgets"], forgets)  # no gradient has moved it
+    success = np.mean(result["success"], axis=1)
+    length = np.mean(result["episodic_length"], axis=1)
+    assert (success[:3] >= 0.9).all(), success
+    # 0.6 leaves room for chance: 200 fair coins exceed it once in 500 times, 600 never.
+    assert np.mean(success[3:]) <= 0.6 and (success[3:] <= 0.65).all(), success
+    assert (length[3:] < 2 * args.corridor_len).all(), "they walk to the junction, and fail there"

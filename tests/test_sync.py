@@ -1,0 +1,162 @@
+"""The same name means the same text in all scripts, and the tool that says so notices what it should."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import sync
+
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = '''"""What this script is about may differ."""
+
+import math
+{imports}
+# ----------------------------------------------------------------------------------------------- Arguments of {title}
+Number = int | float
+KINDS = {{"a"}}
+KINDS |= {{"b"}}
+UP, DOWN = range(2)
+
+
+@dataclass
+class Args:
+    steps: int = {default}
+    """how many — with a dash
+
+    published: {default}
+    """
+    rate: float = 0.1
+    """how fast"""
+    only_here_{title}: str = ""
+    """of one script"""
+
+
+# Comment right above.
+@cache
+@trace
+def shared(x):
+    """What it does."""
+    # why it does it
+    return x + 1
+    # a last word
+
+
+def of_{title}():
+    return "{title}"
+
+
+class Shared:
+    size: int = 3  # a comment at the end
+
+
+async def wait():
+    pass
+
+
+def main():
+    print("{title}")
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """Two scripts that keep the rule, with all that may differ different."""
+    first, second = tmp_path / "ppo_first.py", tmp_path / "ppo_second.py"
+    first.write_text(SCRIPT.format(imports="", title="first", default=1))
+    second.write_text(SCRIPT.format(imports="import sys\n", title="second", default=2))
+    return first, second
+
+
+def test_the_scripts_agree():
+    """The rule itself."""
+    paths = list(ROOT.glob("ppo_*.py"))
+    assert paths
+    assert sync.differences(paths) == []
+
+
+def test_every_block_of_a_script_is_compared():
+    """All that a script defines at its top level is seen, and every line of code belongs to a block that is."""
+    for path in ROOT.glob("ppo_*.py"):
+        script = sync.Script(path)
+        others = [node for node in script.tree.body if not sync.names_of(node)]
+        others = [node for node in others if not isinstance(node, ast.Import | ast.ImportFrom)]
+        docstring, run = others
+        assert isinstance(docstring.value, ast.Constant)
+        assert ast.unparse(run.test) == "__name__ == '__main__'"
+        inside = {i for spans in script.spans.values() for first, last in spans for i in range(first, last + 1)}
+        comments = [line for i, line in enumerate(script.lines) if line.strip().startswith("#") and i not in inside]
+        assert all(map(sync.SECTION.match, comments)), "a comment that belongs to no block is not compared"
+
+
+def test_equal_scripts_pass(scripts, capsys):
+    """What may differ does, and nothing is found; repairing changes nothing."""
+    before = [path.read_text() for path in scripts]
+    assert sync.differences(scripts) == []
+    assert sync.main(scripts[0].parent, ["--from", "ppo_first.py"]) == 0
+    assert [path.read_text() for path in scripts] == before
+    assert "2 scripts" in capsys.readouterr().out
+
+
+CHANGES = {
+    "code": ("return x + 1", "return x + 2", "shared"),
+    "docstring": ("What it does.", "What it did.", "shared"),
+    "comment inside": ("# why it does it", "# why it did it", "shared"),
+    "comment at the end of the body": ("    # a last word\n", "", "shared"),
+    "comment right above": ("# Comment right above.", "# Comment above.", "shared"),
+    "decorator": ("@cache\n", "", "shared"),
+    "order of decorators": ("@cache\n@trace", "@trace\n@cache", "shared"),
+    "comment at the end of a line": ("# a comment at the end", "# a comment", "Shared"),
+    "space": ("size: int = 3", "size: int  =  3", "Shared"),
+    "assignment": ("Number = int | float", "Number = float", "Number"),
+    "addition to an assignment": ('KINDS |= {"b"}', 'KINDS |= {"c"}', "KINDS"),
+    "addition left out": ('KINDS |= {"b"}\n', "", "KINDS"),
+    "one of two names": ("UP, DOWN = range(2)", "UP, DOWN = 0, 1", "DOWN"),
+    "coroutine": ("    pass\n", "    await wait()\n", "wait"),
+    "type of a field": ("rate: float", "rate: float | None", "Args.rate"),
+    "first docstring line of a field": ("how many — with", "how much — with", "Args.steps"),
+    "docstring of a field": ('"""how fast"""', '"""how quick"""', "Args.rate"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_difference_is_found_and_repaired(scripts, change, capsys):
+    """Each kind of difference is named; --from writes the right text back, either way, and touches nothing else."""
+    old, new, name = CHANGES[change]
+    first, second = scripts
+    original = second.read_text()
+    assert original.count(old) == 1
+    second.write_text(original.replace(old, new))
+    changed = second.read_text()
+    found = sync.differences(scripts)
+    assert any(line.startswith(f"{name} differs between ppo_first.py") and "ppo_second.py" in line for line in found)
+    assert sync.main(first.parent, []) == 1
+    assert second.read_text() == changed, "without --from nothing is written"
+    assert name in capsys.readouterr().out
+
+    assert sync.main(first.parent, ["--from", str(first)]) == 0
+    assert second.read_text() == original
+
+    second.write_text(changed)  # and the other way round
+    kept = first.read_text()
+    assert sync.main(first.parent, ["--from", "ppo_second.py"]) == 0
+    assert second.read_text() == changed
+    assert first.read_text() == kept.replace(old, new)
+
+
+def test_fields_without_docstring_are_refused(scripts):
+    """Each field of Args has a docstring to compare."""
+    scripts[0].write_text(scripts[0].read_text().replace('    """how fast"""\n', ""))
+    with pytest.raises(SystemExit, match="Args.rate has no docstring"):
+        sync.differences(scripts)
+
+
+def test_an_unknown_source_is_refused(scripts, capsys):
+    """--from names a script that is there."""
+    with pytest.raises(SystemExit):
+        sync.main(scripts[0].parent, ["--from", "ppo_third.py"])
+    assert "no such script" in capsys.readouterr().err
