@@ -546,12 +546,12 @@ def learn(args: Args, agent: nn.Module, optimizer, learner: Learner, key, memory
     batch = (transitions, advantage, advantage + transitions.value)
     batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)  # (T, G, M, ...)
     memory = jax.tree.map(lambda x: x.reshape(G, M, *x.shape[1:]), memory)  # (G, M, ...)
-    blocks, step_size = jnp.arange(G), learning_rate(args, learner.update)
+    step_size = learning_rate(args, learner.update)
 
     def minibatch(learned, member):  # member (G,), which environment of each block
         params, opt_state = learned
-        start_memory = jax.tree.map(lambda x: x[blocks, member], memory)  # (G, ...)
-        rollouts = jax.tree.map(lambda x: x[:, blocks, member], batch)  # (T, G, ...)
+        start_memory = jax.vmap(lambda x, i: jax.tree.map(lambda x: x[i], x))(memory, member)  # (G, ...)
+        rollouts = jax.vmap(lambda x, i: jax.tree.map(lambda x: x[:, i], x), (1, 0), 1)(batch, member)  # (T, G, ...)
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(params, args, agent, start_memory, *rollouts)
         direction, opt_state = optimizer.update(grads, opt_state)
         params = jax.tree.map(lambda p, d: p - step_size * d, params, direction)
