@@ -63,7 +63,7 @@ def random_inputs(T: int, B: int, eta: int, r: int = 2, H: int = 4, d: int = 64)
 
 def compile_pair(form, inputs):
     """-> outputs, and outputs with the gradient of every floating-point input, compiled."""
-    memory, keep, cosines, count, *tensors = inputs
+    (memory, keep, cosines, count), tensors = inputs[:4], inputs[4:]
     weights = jnp.asarray(np.random.default_rng(1).normal(size=inputs[4].shape), jnp.float32)
     forward = lambda memory, tensors: form(memory, keep, cosines, count, *tensors)[1]
     both = jax.value_and_grad(lambda memory, tensors: (forward(memory, tensors) * weights).sum(), argnums=(0, 1))
