@@ -70,7 +70,7 @@ class Args:
     """decides everything: parameters, environments, actions, minibatches"""
     num_seeds: int = 1
     """how many seeds to train at once: seed, seed + 1, ..."""
-    total_timesteps: WholeNumber = 400_000
+    total_timesteps: WholeNumber = 1_000_000
     """environment steps per seed (1e6 is understood; published: 5e6)"""
     checkpoint_interval: int = 20
     """updates between two checkpoints"""
@@ -120,12 +120,16 @@ class Args:
     """hidden width of the policy head"""
     d_critic: int = 128
     """hidden width of the value head"""
+    actor_gain: float = 0.14
+    """scale of the actor's last layer at first; small, or positions never seen turn the walk around (published: 1.4)"""
+    critic_bias: float = -12.0
+    """value of every state at first; near that of walking for ever, -0.1 / (1 - gamma) = -10 (published: 0)"""
 
-    num_envs: int = 16
+    num_envs: int = 32
     """environments B stepped together (published: 8)"""
-    num_steps: int = 256
+    num_steps: int = 512
     """steps T of a rollout, also the length of backpropagation through time"""
-    learning_rate: float = 2.5e-4
+    learning_rate: float = 1e-3
     """step size of Adam (published, for A2C: 1e-4)"""
     anneal_lr: bool = False
     """decrease the learning rate linearly, update by update, towards 0 after the last"""
@@ -133,12 +137,14 @@ class Args:
     """epsilon of Adam"""
     gamma: float = 0.99
     """discount per step"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches in an epoch, each of whole rollouts of num_envs / num_minibatches environments"""
     update_epochs: int = 4
     """passes over each rollout"""
+    cautious_entropy: float = 0.75
+    """while actions have more entropy (nats), one pass only, at half the learning rate (published: as with 2, never)"""
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
     clip_coef: float = 0.2
@@ -147,10 +153,12 @@ class Args:
     """clip the value loss too, with the same coefficient"""
     ent_coef: float = 0.01
     """weight of the entropy bonus (published, for A2C: 0.001)"""
-    vf_coef: float = 0.5
+    vf_coef: float = 0.25
     """weight of the value loss"""
     max_grad_norm: float = 0.5
     """gradients are scaled down to this global norm"""
+    logit_noise: float = 0.7
+    """standard deviation of a noise on the logits, drawn once an episode while training (published: none)"""
     target_kl: float | None = None
     """leave out the remaining epochs of an update once the approximate KL divergence of one exceeds this"""
 
@@ -170,7 +178,8 @@ class Args:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (float, float | None) and value is not None:
-                require(math.isfinite(value) and value >= 0, field.name, "must be a finite number, at least 0")
+                require(math.isfinite(value), field.name, "must be a finite number")
+                require(value >= 0 or field.name == "critic_bias", field.name, "must be at least 0")
             elif field.type in (int, WholeNumber) and field.name not in ("seed", "num_distractors", "corridor_len"):
                 require(value >= 1, field.name, "must be at least 1")
         require(0 <= self.seed <= 2**31 - self.num_seeds, "seed", "must be at least 0 and below 2^31")
@@ -391,15 +400,18 @@ class AGaLiTe(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense, tanh, Dense. x (T, B, D) -> (T, B, outputs). The wide last layer of the actor starts off the walk."""
+    """Dense, tanh, Dense. x (T, B, D) -> (T, B, outputs)."""
 
     hidden: int
     outputs: int
+    gain: float = math.sqrt(2)
+    bias: float = 0.0
 
     @nn.compact
     def __call__(self, x):
         x = nn.tanh(nn.Dense(self.hidden, kernel_init=orthogonal)(x))
-        return nn.Dense(self.outputs, kernel_init=orthogonal)(x)
+        last = nn.initializers.orthogonal(self.gain), nn.initializers.constant(self.bias)
+        return nn.Dense(self.outputs, kernel_init=last[0], bias_init=last[1])(x)
 
 
 class ActorCritic(nn.Module):
@@ -418,8 +430,8 @@ class ActorCritic(nn.Module):
     @nn.compact
     def __call__(self, obs, reset, memory: Memory):
         x, memory = AGaLiTe(self.args, name="memory")(obs, reset, memory)  # (T, B, D)
-        logits = Head(self.args.d_actor, self.num_actions, name="actor")(x)
-        value = Head(self.args.d_critic, 1, name="critic")(x).squeeze(-1)
+        logits = Head(self.args.d_actor, self.num_actions, self.args.actor_gain, name="actor")(x)
+        value = Head(self.args.d_critic, 1, bias=self.args.critic_bias, name="critic")(x).squeeze(-1)
         return logits, value, memory
 
 
@@ -429,6 +441,7 @@ class Transition(NamedTuple):
 
     obs: jax.Array
     reset: jax.Array  # obs is the first of an episode
+    noise: jax.Array  # (T, B, actions), on the logits
     action: jax.Array
     log_prob: jax.Array
     value: jax.Array
@@ -451,6 +464,7 @@ class RunnerState(NamedTuple):
     obs: jax.Array  # (B, n), the next to act on
     reset: jax.Array  # (B,) bool, obs is the first of an episode
     memory: Any
+    noise: jax.Array  # (B, actions), on the logits of this episode
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -465,7 +479,8 @@ def init(args: Args, env, agent: nn.Module, optimizer, key: jax.Array) -> Runner
     memory = agent.initial_memory(args.num_envs)
     params = agent.init(params_key, obs[None], reset[None], memory)
     learner = Learner(params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
-    return RunnerState(learner, env_state, obs, reset, memory)
+    num_actions = env.action_space(env.default_params).n
+    return RunnerState(learner, env_state, obs, reset, memory, jnp.zeros((args.num_envs, num_actions)))
 
 
 def log_prob_of(logits: jax.Array, action: jax.Array) -> jax.Array:
@@ -478,14 +493,16 @@ def rollout(args: Args, env, agent: nn.Module, runner: RunnerState, key: jax.Arr
     params = runner.learner.params
 
     def step(runner, key):
-        act_key, env_key = jax.random.split(key)
+        noise_key, act_key, env_key = jax.random.split(key, 3)
+        new_noise = args.logit_noise * jax.random.normal(noise_key, runner.noise.shape)
+        noise = jnp.where(runner.reset[:, None], new_noise, runner.noise)  # (B, actions)
         logits, value, memory = agent.apply(params, runner.obs[None], runner.reset[None], runner.memory)
-        logits, value = logits[0], value[0]  # (B, actions), (B,)
+        logits, value = logits[0] + noise, value[0]  # (B, actions), (B,)
         action = jax.random.categorical(act_key, logits)
         obs, env_state, reward, done, info = env.step(env_key, runner.env_state, action, env.default_params)
         log_prob = log_prob_of(logits, action)
-        transition = Transition(runner.obs, runner.reset, action, log_prob, value, reward, done)
-        return RunnerState(runner.learner, env_state, obs, done, memory), (transition, info | {"done": done})
+        transition = Transition(runner.obs, runner.reset, noise, action, log_prob, value, reward, done)
+        return RunnerState(runner.learner, env_state, obs, done, memory, noise), (transition, info | {"done": done})
 
     runner, (transitions, infos) = jax.lax.scan(step, runner, jax.random.split(key, args.num_steps))
     _, last_value, _ = agent.apply(params, runner.obs[None], runner.reset[None], runner.memory)
@@ -508,6 +525,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 def ppo_loss(params, args: Args, agent: nn.Module, memory, batch: Transition, advantage, target):
     """The clipped objective on whole rollouts (T, b), recomputed from the memory stored at their start."""
     logits, value, _ = agent.apply(params, batch.obs, batch.reset, memory)
+    logits = logits + batch.noise
     log_ratio = log_prob_of(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if args.norm_adv:
@@ -546,7 +564,9 @@ def learn(args: Args, agent: nn.Module, optimizer, learner: Learner, key, memory
     batch = (transitions, advantage, advantage + transitions.value)
     batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)  # (T, G, M, ...)
     memory = jax.tree.map(lambda x: x.reshape(G, M, *x.shape[1:]), memory)  # (G, M, ...)
-    step_size = learning_rate(args, learner.update)
+    # A policy that still wanders sees advantages that are mostly noise; more passes would only learn that by heart.
+    cautious = -transitions.log_prob.mean() > args.cautious_entropy
+    step_size = learning_rate(args, learner.update) * jnp.where(cautious, 0.5, 1.0)
 
     def minibatch(learned, member):  # member (G,), which environment of each block
         params, opt_state = learned
@@ -560,15 +580,19 @@ def learn(args: Args, agent: nn.Module, optimizer, learner: Learner, key, memory
     def epoch(carry, key):
         learned, stop = carry
         order = jnp.argsort(jax.random.uniform(key, (G, M)), axis=1)  # a permutation of each block
-        new_learned, metrics = jax.lax.scan(minibatch, learned, order.T)
-        if args.target_kl is None:
-            return (new_learned, stop), (metrics, ~stop)
-        learned = jax.tree.map(lambda new, old: jnp.where(stop, old, new), new_learned, learned)
-        return (learned, stop | (metrics["losses/approx_kl"].mean() > args.target_kl)), (metrics, ~stop)
+        learned, metrics = jax.lax.scan(minibatch, learned, order.T)
+        stop = metrics["losses/approx_kl"].mean() > (math.inf if args.target_kl is None else args.target_kl)
+        return (learned, stop | cautious), metrics
+
+    def epoch_unless_stopped(carry, key):
+        skipped = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(epoch, carry, key)[1])
+        return jax.lax.cond(carry[1], lambda carry, key: (carry, skipped), epoch, carry, key)
 
     start = ((learner.params, learner.opt_state), jnp.array(False))
-    (learned, _), (metrics, ran) = jax.lax.scan(epoch, start, jax.random.split(key, args.update_epochs))
-    return *learned, jax.tree.map(lambda x: x.mean(where=ran[:, None]), metrics)
+    (learned, _), metrics = jax.lax.scan(epoch_unless_stopped, start, jax.random.split(key, args.update_epochs))
+    ran = ~jnp.isnan(metrics["losses/approx_kl"])  # (epochs, M)
+    metrics = jax.tree.map(lambda x: x.mean(where=ran), metrics)
+    return *learned, metrics | {"charts/learning_rate": step_size}
 
 
 def update(args: Args, env, agent: nn.Module, optimizer, runner: RunnerState) -> tuple[RunnerState, dict]:
@@ -588,7 +612,6 @@ def update(args: Args, env, agent: nn.Module, optimizer, runner: RunnerState) ->
         "charts/episodic_length": over_ended(infos["episodic_length"]),
         "charts/success_rate": over_ended(infos["success"]),
         "charts/episodes": ended.sum(),
-        "charts/learning_rate": learning_rate(args, learner.update),
     }
     return runner._replace(learner=Learner(params, opt_state, key, learner.update + 1)), metrics
 
@@ -657,7 +680,7 @@ def make_shardings(args: Args) -> tuple[RunnerState, NamedSharding]:
     devices = jax.devices()[: seeds * blocks]
     mesh = jax.make_mesh((seeds, blocks), ("seed", "env"), (AxisType.Auto, AxisType.Auto), devices=devices)
     by_seed, by_env = NamedSharding(mesh, PartitionSpec("seed")), NamedSharding(mesh, PartitionSpec("seed", "env"))
-    return RunnerState(by_seed, by_env, by_env, by_env, by_env), NamedSharding(mesh, PartitionSpec())
+    return RunnerState(by_seed, by_env, by_env, by_env, by_env, by_env), NamedSharding(mesh, PartitionSpec())
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """PPO around the memory: the ratio before the first step, advantages, loss, keys, minibatches, seeds and devices."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -53,14 +54,15 @@ class Played:
         # Compiled as in a real run: rounding in acting and in learning is what this compares.
         rollout = jax.jit(functools.partial(script.rollout, self.args, self.env, self.agent))
         runner, *_ = rollout(runner, jax.random.key(2))
-        self.memory = runner.memory
+        self.memory, self.noise = runner.memory, runner.noise
         self.after, self.transitions, self.infos, self.last_value = rollout(runner, jax.random.key(3))
         self.apply = jax.jit(self.agent.apply)
 
-    def errors(self, reset=None, memory=None) -> tuple[float, float]:
+    def errors(self, reset=None, memory=None, noise=None) -> tuple[float, float]:
         """-> largest deviation of a log-probability and of a value from those acted with."""
         reset, memory = self.transitions.reset if reset is None else reset, memory or self.memory
         logits, value, _ = self.apply(self.params, self.transitions.obs, reset, memory)
+        logits = logits + (self.transitions.noise if noise is None else noise)
         log_prob = self.script.log_prob_of(logits, self.transitions.action)
         return (
             float(np.abs(log_prob - self.transitions.log_prob).max()),
@@ -160,7 +162,8 @@ def numpy_loss(args, logits, value, batch, advantage, target):
         advantage = (advantage - mean) / (spread + 1e-8)
     sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), 0.0)
     for t, b in itertools.product(range(T), range(B)):
-        probability = np.exp(logits[t, b]) / np.exp(logits[t, b]).sum()
+        odds = np.exp(logits[t, b] + batch.noise[t, b])
+        probability = odds / odds.sum()
         ratio = probability[batch.action[t, b]] / np.exp(batch.log_prob[t, b])
         clipped = min(max(ratio, 1 - args.clip_coef), 1 + args.clip_coef)
         sums["policy_loss"] -= min(ratio * advantage[t, b], clipped * advantage[t, b])
@@ -187,10 +190,13 @@ def test_ppo_loss(script, clip_vloss, norm_adv):
     T, B, actions = 6, 4, 3
     params = {"logits": rng.normal(size=(T, B, actions)), "value": rng.normal(size=(T, B))}
     action = rng.integers(actions, size=(T, B))
-    log_softmax = params["logits"] - np.log(np.exp(params["logits"]).sum(-1, keepdims=True))
+    noise = rng.normal(size=(T, B, actions))
+    odds = np.exp(params["logits"] + noise)
+    log_softmax = np.log(odds / odds.sum(-1, keepdims=True))
     log_prob = np.take_along_axis(log_softmax, action[..., None], -1)[..., 0] + 0.3 * rng.normal(size=(T, B))
     fields = {name: None for name in script.Transition._fields}
     fields |= {"action": action, "log_prob": log_prob, "value": params["value"] + 0.3 * rng.normal(size=(T, B))}
+    fields["noise"] = noise
     batch = script.Transition(**fields)
     advantage, target = 2 + 3 * rng.normal(size=(T, B)), rng.normal(size=(T, B))
 
@@ -250,6 +256,7 @@ class KeyLog:
 
     def __init__(self, env, steps: int):
         self.env, self.steps, self.num_envs, self.default_params = env, steps, env.num_envs, env.default_params
+        self.action_space = env.action_space
 
     def reset(self, key, params):
         obs, state = self.env.reset(key, params)
@@ -265,7 +272,7 @@ class KeyLog:
 
 def test_noise_differs_from_update_to_update(script, monkeypatch):
     """Over three updates no key is used twice, and no two steps see the same sampling noise."""
-    args, updates = small_args(script, num_envs=32), 3
+    args, updates = small_args(script, num_envs=32, logit_noise=0.0), 3
     env, _, optimizer = build(script, args)
     env, agent, keys = KeyLog(env, updates * args.num_steps), UniformAgent(), {}
 
@@ -309,6 +316,27 @@ def test_noise_differs_from_update_to_update(script, monkeypatch):
     assert not (of_keys[:, None] == actions).all(-1).any()
 
 
+def test_logit_noise_lasts_an_episode(played):
+    """Noise on the logits is drawn where an episode begins, anew in each environment, and kept to its end, across
+    rollouts too; both acting and learning add it, and an evaluation does not."""
+    args, transitions = played.args, played.transitions
+    noise, reset = np.asarray(transitions.noise), np.asarray(transitions.reset)
+    assert noise.shape == (args.num_steps, args.num_envs, 4)
+    changed = (noise[1:] != noise[:-1]).any(-1)
+    np.testing.assert_array_equal(changed, reset[1:])
+    np.testing.assert_array_equal((noise[0] != played.noise).any(-1), reset[0])
+    np.testing.assert_array_equal(noise[-1], played.after.noise)
+    drawn = noise[reset]
+    assert len(np.unique(drawn, axis=0)) == len(drawn) > 200
+    assert abs(drawn.mean()) < 0.1 and abs(drawn.std() / args.logit_noise - 1) < 0.1
+    assert played.errors(noise=0.0)[0] > 1e-2, "acting adds it"
+
+    quiet = quick_jit(functools.partial(played.script.evaluate, args, played.env, played.agent, greedy=False))
+    loud = dataclasses.replace(args, logit_noise=100.0)
+    loud = quick_jit(functools.partial(played.script.evaluate, loud, played.env, played.agent, greedy=False))
+    assert_identical(quiet(played.params, jax.random.key(0)), loud(played.params, jax.random.key(0)))
+
+
 def test_minibatch_keys_differ(script, monkeypatch):
     """Every epoch of every update shuffles anew: the orders of six epochs in two updates are six different ones."""
     args = small_args(script, num_envs=16, num_minibatches=4, update_epochs=3)
@@ -340,7 +368,8 @@ def fake_batch(script, args):
 
 def test_learning_rate_is_the_step_size(script, monkeypatch):
     """The first step of Adam moves a parameter by learning_rate(update), in the direction against the gradient."""
-    monkeypatch.setattr(script, "ppo_loss", lambda params, *_: (params["w"] @ jnp.array([1.0, -2.0]), {}))
+    kl = {"losses/approx_kl": jnp.float32(0)}
+    monkeypatch.setattr(script, "ppo_loss", lambda params, *_: (params["w"] @ jnp.array([1.0, -2.0]), kl))
     args = small_args(script, learning_rate=1e-2, anneal_lr=True, num_minibatches=1, update_epochs=1)
     optimizer, params = script.make_optimizer(args), {"w": jnp.array([0.5, 0.5])}
     transitions, advantage, memory = fake_batch(script, args)
@@ -354,6 +383,7 @@ def test_learning_rate_is_the_step_size(script, monkeypatch):
         learned, _, metrics = learn(jnp.int32(update))
         rate = 1e-2 * (1 - update / args.num_updates)
         np.testing.assert_allclose(learned["w"] - params["w"], [-rate, rate], rtol=1e-4)
+        np.testing.assert_allclose(metrics["charts/learning_rate"], rate, rtol=1e-6)
         np.testing.assert_allclose(metrics["losses/grad_norm"], np.sqrt(5), rtol=1e-5)  # before it is clipped
 
 
@@ -456,8 +486,9 @@ def test_each_epoch_visits_each_environment_once(script, monkeypatch):
     assert len(np.unique(blocks, axis=0)) > 1, "each block is shuffled on its own"
 
 
-def test_target_kl(script, monkeypatch):
-    """An epoch whose mean divergence exceeds target_kl is the last; without target_kl all are run."""
+def test_when_to_stop_learning_from_a_rollout(script, monkeypatch):
+    """An epoch whose mean divergence exceeds target_kl is the last; without target_kl all are run, and only one
+    while the policy has more entropy than cautious_entropy."""
 
     def ppo_loss(params, args, agent, memory, batch, advantage, target):
         drift = jnp.abs(params["w"]).sum()  # grows by 0.1 a minibatch
@@ -466,11 +497,12 @@ def test_target_kl(script, monkeypatch):
     monkeypatch.setattr(script, "ppo_loss", ppo_loss)
     params = {"w": jnp.zeros(1)}
 
-    def learned(**changes):
-        args = small_args(script, num_minibatches=2, learning_rate=0.1, **changes)
+    def learned(log_prob=-0.7, learning_rate=0.1, **changes):
+        args = small_args(script, num_minibatches=2, learning_rate=learning_rate, cautious_entropy=0.8, **changes)
         optimizer = script.make_optimizer(args)
         learner = script.Learner(params, optimizer.init(params), None, jnp.int32(0))
         transitions, advantage, memory = fake_batch(script, args)
+        transitions = transitions._replace(log_prob=jnp.full_like(transitions.log_prob, log_prob))
         learn = quick_jit(lambda key: script.learn(args, None, optimizer, learner, key, memory, transitions, advantage))
         return learn(jax.random.key(0))
 
@@ -480,6 +512,8 @@ def test_target_kl(script, monkeypatch):
     # Divergences of the epochs: 0.05, 0.25, 0.45, ...
     for target_kl, epochs in ((1e-9, 1), (0.2, 2), (100.0, 5), (None, 5)):
         assert_close(learned(update_epochs=5, target_kl=target_kl), after[epochs], atol=1e-6)  # metrics included
+    wandering = learned(update_epochs=5, log_prob=-0.9, learning_rate=0.2)  # one epoch, at half the rate
+    assert_close(wandering, after[1], atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- Seeds and devices
