@@ -10,6 +10,9 @@ What to learn here: how a recurrent memory goes through PPO correctly (the memor
 the right step, minibatches of whole sequences); how a gated linear attention is computed and differentiated cheaply;
 and how `init` and `update`, pure functions of one state, give many seeds, many devices and exact resume almost free.
 
+What to expect: the agent first learns to walk, then to remember; success rises from a half to one within 15 minutes
+on one core of a CPU (README has every seed).
+
 Letters of the axes, time first throughout:
     T time steps   B environments   S seeds   D d_model   H heads   d d_head   e eta   F distinct frequencies
 """
@@ -668,6 +671,13 @@ def seed_keys(args: Args) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.arange(args.seed, args.seed + args.num_seeds))
 
 
+def over_seeds(args: Args, function):
+    """function for many seeds, along a new leading axis. With one seed not by vmap: it would run what cond skips."""
+    if args.num_seeds > 1:
+        return jax.vmap(function)
+    return lambda tree: jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], tree)))
+
+
 def make_shardings(args: Args) -> tuple[RunnerState, NamedSharding]:
     """Seeds over the devices as far as they divide, then blocks of environments -> of a runner, of the metrics."""
     seeds = math.gcd(args.num_seeds, jax.device_count())
@@ -892,7 +902,7 @@ def main(args: Args) -> None:
     env = make_env(args, args.num_envs)
     agent, optimizer = ActorCritic(args, env.action_space(env.default_params).n), make_optimizer(args)
     sharded, replicated = make_shardings(args)
-    bound = [jax.vmap(functools.partial(function, args, env, agent, optimizer)) for function in (init, update)]
+    bound = [over_seeds(args, functools.partial(f, args, env, agent, optimizer)) for f in (init, update)]
     init_seeds = jax.jit(bound[0], out_shardings=sharded)
     update_seeds = jax.jit(bound[1], out_shardings=(sharded, replicated), donate_argnums=0)
 

@@ -1,6 +1,8 @@
-"""The table of results in README, from the folders that runs have left.
+"""The table of results in README and its picture, from the folders that runs have left.
 
     python benchmarks/results.py runs/tmaze__*
+
+prints the table and draws docs/learning_curves.png: success and length of the episodes, a line a seed.
 
 "Solved" is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the final evaluation
 with sampled actions; the minutes are those since the start of training, compilation included.
@@ -10,6 +12,8 @@ import csv
 import json
 import sys
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 
 def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> tuple[int, float] | None:
@@ -29,7 +33,21 @@ def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> t
     return None
 
 
+def draw(curves: dict[str, list[dict]], path: Path):
+    """Success and length of the episodes that ended in each update, a line a run."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("charts/success_rate", "charts/episodic_length"), strict=True):
+        for label, rows in curves.items():
+            points = [(int(row["global_step"]), float(row[name])) for row in rows if row[name]]
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1, alpha=0.8)
+        axis.set(xlabel="environment steps", ylabel=name.removeprefix("charts/").replace("_", " "))
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=150)
+
+
 def main(folders: list[str]):
+    curves = {}
     print("| corridor | gates | seed | solved at step | minutes | final success, sampled | greedy |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for folder in map(Path, folders):
@@ -38,11 +56,13 @@ def main(folders: list[str]):
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         for i in range(args["num_seeds"]):
             seed, sampled, greedy = args["seed"] + i, final["sampled"]["success"][i], final["greedy"]["success"][i]
-            solved = solved_at([row for row in rows if int(row["seed"]) == seed])
+            setting = f"| {args['corridor_len']} | {args['gate_init']} | {seed} "
+            curves[setting.strip("| ").replace(" |", ",")] = own = [row for row in rows if int(row["seed"]) == seed]
+            solved = solved_at(own)
             solved = solved if sampled >= 0.95 else None
             step, minutes = (f"{solved[0]:,}", f"{solved[1]:.1f}") if solved else ("not", "-")
-            setting = f"| {args['corridor_len']} | {args['gate_init']} | {seed} "
             print(f"{setting}| {step} | {minutes} | {sampled:.3f} | {greedy:.3f} |")
+    draw(curves, Path(__file__).resolve().parents[1] / "docs" / "learning_curves.png")
 
 
 if __name__ == "__main__":

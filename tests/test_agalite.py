@@ -265,8 +265,11 @@ def assert_orthogonal(kernel, gain: float):
 
 @pytest.mark.parametrize("gate_init", ["published", "chrono"])
 def test_initial_parameters(gate_init):
-    """Every kernel is orthogonal with gain sqrt 2 in the blocks the authors drew it in, every bias as it should be."""
+    """Every kernel is orthogonal with gain sqrt 2 in the blocks the authors drew it in, every bias as it should be;
+    the last layers of actor and critic are as the flags say."""
     args, params = initial_params(gate_init=gate_init)
+    assert_orthogonal(params.pop("actor/Dense_1/kernel"), args.actor_gain)
+    np.testing.assert_array_equal(params.pop("critic/Dense_1/bias"), np.float32([args.critic_bias]))
     D, H, d, e = args.d_model, args.num_heads, args.d_head, args.eta
     chrono, gain, kinds = gate_init == "chrono", np.sqrt(2), set()
     for path, x in params.items():
