@@ -132,7 +132,7 @@ class Args:
     """environments B stepped together (published: 8)"""
     num_steps: int = 512
     """steps T of a rollout, also the length of backpropagation through time"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """step size of Adam (published, for A2C: 1e-4)"""
     anneal_lr: bool = False
     """decrease the learning rate linearly, update by update, towards 0 after the last"""
@@ -141,11 +141,13 @@ class Args:
     gamma: float = 0.99
     """discount per step"""
     gae_lambda: float = 0.9
-    """lambda of generalised advantage estimation"""
+    """lambda of generalised advantage estimation, for the policy"""
+    critic_lambda: float = 1.0
+    """lambda of the returns that the value learns; 1, plain discounted returns, carries an end to its start at once"""
     num_minibatches: int = 8
     """minibatches in an epoch, each of whole rollouts of num_envs / num_minibatches environments"""
-    update_epochs: int = 4
-    """passes over each rollout"""
+    update_epochs: int = 2
+    """passes over each rollout (published: 1)"""
     cautious_entropy: float = 0.75
     """while actions have more entropy (nats), one pass only, at half the learning rate (published: as with 2, never)"""
     norm_adv: bool = True
@@ -156,7 +158,7 @@ class Args:
     """clip the value loss too, with the same coefficient"""
     ent_coef: float = 0.01
     """weight of the entropy bonus (published, for A2C: 0.001)"""
-    vf_coef: float = 0.25
+    vf_coef: float = 0.05
     """weight of the value loss"""
     max_grad_norm: float = 0.5
     """gradients are scaled down to this global norm"""
@@ -187,8 +189,8 @@ class Args:
                 require(value >= 1, field.name, "must be at least 1")
         require(0 <= self.seed <= 2**31 - self.num_seeds, "seed", "must be at least 0 and below 2^31")
         require("/" not in self.exp_name, "exp_name", "is part of a folder's name, so no / in it")
-        require(self.gamma <= 1, "gamma", "must be at most 1")
-        require(self.gae_lambda <= 1, "gae_lambda", "must be at most 1")
+        for name in ("gamma", "gae_lambda", "critic_lambda"):
+            require(getattr(self, name) <= 1, name, "must be at most 1")
         for name in ("learning_rate", "clip_coef", "max_grad_norm", "adam_eps"):
             require(getattr(self, name) > 0, name, "must be above 0")
         require(self.chrono_t_max > 1, "chrono_t_max", "must be above 1, the shortest memory")
@@ -557,18 +559,19 @@ def learning_rate(args: Args, update: jax.Array) -> jax.Array:
     return args.learning_rate * (1 - update / args.num_updates if args.anneal_lr else jnp.ones(()))
 
 
-def learn(args: Args, agent: nn.Module, optimizer, learner: Learner, key, memory, transitions: Transition, advantage):
-    """Epochs of minibatches of whole rollouts -> params, opt_state, metrics averaged over the minibatches.
+def learn(args: Args, agent: nn.Module, optimizer, learner: Learner, key, memory, batch):
+    """batch: transitions, advantages and value targets, (T, B, ...).
+
+    Epochs of minibatches of whole rollouts -> params, opt_state, metrics averaged over the minibatches.
 
     Environments stand in G blocks of M = num_minibatches neighbours, and a minibatch takes one at random from each
     block. So, where the blocks are spread over devices, no rollout ever leaves its device.
     """
     G, M = args.num_envs // args.num_minibatches, args.num_minibatches
-    batch = (transitions, advantage, advantage + transitions.value)
     batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)  # (T, G, M, ...)
     memory = jax.tree.map(lambda x: x.reshape(G, M, *x.shape[1:]), memory)  # (G, M, ...)
-    # A policy that still wanders sees advantages that are mostly noise; more passes would only learn that by heart.
-    cautious = -transitions.log_prob.mean() > args.cautious_entropy
+    # A policy that still wanders sees advantages that are mostly noise; a second pass would only learn that by heart.
+    cautious = -batch[0].log_prob.mean() > args.cautious_entropy
     step_size = learning_rate(args, learner.update) * jnp.where(cautious, 0.5, 1.0)
 
     def minibatch(learned, member):  # member (G,), which environment of each block
@@ -578,24 +581,24 @@ def learn(args: Args, agent: nn.Module, optimizer, learner: Learner, key, memory
         grads, metrics = jax.grad(ppo_loss, has_aux=True)(params, args, agent, start_memory, *rollouts)
         direction, opt_state = optimizer.update(grads, opt_state)
         params = jax.tree.map(lambda p, d: p - step_size * d, params, direction)
-        return (params, opt_state), metrics | {"losses/grad_norm": optax.global_norm(grads)}
+        return (params, opt_state), metrics | {"losses/grad_norm": optax.tree.norm(grads)}
 
-    def epoch(carry, key):
-        learned, stop = carry
-        order = jnp.argsort(jax.random.uniform(key, (G, M)), axis=1)  # a permutation of each block
+    def epoch(carry):
+        number, learned, kl, total = carry
+        order = jnp.argsort(jax.random.uniform(jax.random.fold_in(key, number), (G, M)), axis=1)  # permutes each block
         learned, metrics = jax.lax.scan(minibatch, learned, order.T)
-        stop = metrics["losses/approx_kl"].mean() > (math.inf if args.target_kl is None else args.target_kl)
-        return (learned, stop | cautious), metrics
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return number + 1, learned, metrics["losses/approx_kl"], jax.tree.map(jnp.add, total, metrics)
 
-    def epoch_unless_stopped(carry, key):
-        skipped = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(epoch, carry, key)[1])
-        return jax.lax.cond(carry[1], lambda carry, key: (carry, skipped), epoch, carry, key)
+    def another(carry):
+        number, _, kl, _ = carry
+        limit = math.inf if args.target_kl is None else args.target_kl
+        return (number < jnp.where(cautious, 1, args.update_epochs)) & (kl <= limit)
 
-    start = ((learner.params, learner.opt_state), jnp.array(False))
-    (learned, _), metrics = jax.lax.scan(epoch_unless_stopped, start, jax.random.split(key, args.update_epochs))
-    ran = ~jnp.isnan(metrics["losses/approx_kl"])  # (epochs, M)
-    metrics = jax.tree.map(lambda x: x.mean(where=ran), metrics)
-    return *learned, metrics | {"charts/learning_rate": step_size}
+    learned = learner.params, learner.opt_state
+    nothing = jax.tree.map(lambda x: jnp.zeros((), x.dtype), jax.eval_shape(minibatch, learned, jnp.arange(G))[1])
+    number, learned, _, total = jax.lax.while_loop(another, epoch, (0, learned, jnp.float32(0), nothing))
+    return *learned, jax.tree.map(lambda x: x / number, total) | {"charts/learning_rate": step_size}
 
 
 def update(args: Args, env, agent: nn.Module, optimizer, runner: RunnerState) -> tuple[RunnerState, dict]:
@@ -604,13 +607,15 @@ def update(args: Args, env, agent: nn.Module, optimizer, runner: RunnerState) ->
     key, rollout_key, learn_key = jax.random.split(learner.key, 3)
     runner, transitions, infos, last_value = rollout(args, env, agent, runner, rollout_key)
     advantage = compute_gae(transitions, last_value, args.gamma, args.gae_lambda)  # (T, B)
-    params, opt_state, metrics = learn(args, agent, optimizer, learner, learn_key, start_memory, transitions, advantage)
+    target = transitions.value + compute_gae(transitions, last_value, args.gamma, args.critic_lambda)  # (T, B)
+    batch = (transitions, advantage, target)
+    params, opt_state, metrics = learn(args, agent, optimizer, learner, learn_key, start_memory, batch)
 
     ended = infos["done"]
     over_ended = lambda x: jnp.sum(x * ended) / ended.sum()  # NaN, an empty cell, if no episode ended
     metrics |= {
-        "losses/explained_variance": 1 - jnp.var(advantage) / jnp.var(advantage + transitions.value),
-        "losses/param_norm": optax.global_norm(params),
+        "losses/explained_variance": 1 - jnp.var(target - transitions.value) / jnp.var(target),
+        "losses/param_norm": optax.tree.norm(params),
         "charts/episodic_return": over_ended(infos["episodic_return"]),
         "charts/episodic_length": over_ended(infos["episodic_length"]),
         "charts/success_rate": over_ended(infos["success"]),
@@ -669,13 +674,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def seed_keys(args: Args) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.arange(args.seed, args.seed + args.num_seeds))
-
-
-def over_seeds(args: Args, function):
-    """function for many seeds, along a new leading axis. With one seed not by vmap: it would run what cond skips."""
-    if args.num_seeds > 1:
-        return jax.vmap(function)
-    return lambda tree: jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], tree)))
 
 
 def make_shardings(args: Args) -> tuple[RunnerState, NamedSharding]:
@@ -902,7 +900,7 @@ def main(args: Args) -> None:
     env = make_env(args, args.num_envs)
     agent, optimizer = ActorCritic(args, env.action_space(env.default_params).n), make_optimizer(args)
     sharded, replicated = make_shardings(args)
-    bound = [over_seeds(args, functools.partial(f, args, env, agent, optimizer)) for f in (init, update)]
+    bound = [jax.vmap(functools.partial(function, args, env, agent, optimizer)) for function in (init, update)]
     init_seeds = jax.jit(bound[0], out_shardings=sharded)
     update_seeds = jax.jit(bound[1], out_shardings=(sharded, replicated), donate_argnums=0)
 

@@ -16,6 +16,7 @@ SMALL = {
     "num_layers": 2, "d_model": 12, "d_head": 5, "d_ffc": 10, "num_heads": 2, "eta": 3, "r": 4, "memory_len": 5,
     "d_actor": 9, "d_critic": 11,
     "num_envs": 8, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 1280,
+    "cautious_entropy": 2.0,
 }  # fmt: skip
 # For tests of what surrounds the model: quick to compile.
 TINY = SMALL | {

@@ -101,6 +101,7 @@ REFUSED = {
         ("--critic-bias nan", "--critic-bias nan", "finite"),
         ("--logit-noise -1", "--logit-noise -1", "at least 0"),
         ("--cautious-entropy -1", "--cautious-entropy -1", "at least 0"),
+        ("--critic-lambda 1.5", "--critic-lambda 1.5", "at most 1"),
         ("--gamma 1.5", "--gamma 1.5", "at most 1"),
         ("--gae-lambda -0.1", "--gae-lambda -0.1", "at least 0"),
         ("--clip-coef 0", "--clip-coef 0", "above 0"),

@@ -14,7 +14,7 @@ SETTINGS = {
         "num_heads": 2, "eta": 2, "d_actor": 32, "d_critic": 32, "chrono_t_max": 30.0,
         "num_envs": 16, "num_steps": 64, "num_minibatches": 4, "ent_coef": 0.03, "total_timesteps": 65_536,
         # What finds the junction of a long corridor and walks there is out of place in a short one.
-        "critic_bias": 0.0, "logit_noise": 0.0, "cautious_entropy": 10.0,
+        "critic_bias": 0.0, "logit_noise": 0.0, "cautious_entropy": 2.0, "update_epochs": 4, "learning_rate": 1e-3,
     },
 }  # fmt: skip
 

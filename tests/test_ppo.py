@@ -131,6 +131,36 @@ def test_gae_with_ends_in_every_place(script, gae_lambda):
     np.testing.assert_allclose(advantage, expected, rtol=0, atol=1e-5)
 
 
+def test_what_is_learnt_from_a_rollout(script, monkeypatch):
+    """`update` learns from the rollout's own transitions and start memory, advantages of gae_lambda, and for the value
+    returns of critic_lambda; it reports how much of these the values explain."""
+    args = small_args(script, gae_lambda=0.7, critic_lambda=0.9)
+    env, agent, optimizer = build(script, args)
+    noted, seen = {}, {}
+    original = script.rollout
+
+    def rollout(args, env, agent, runner, key):
+        noted["rollout"] = original(args, env, agent, runner, key)
+        return noted["rollout"]
+
+    def learn(args, agent, optimizer, learner, key, memory, batch):
+        seen["memory"], seen["batch"] = memory, batch
+        return learner.params, learner.opt_state, {}
+
+    monkeypatch.setattr(script, "rollout", rollout)
+    monkeypatch.setattr(script, "learn", learn)
+    before = script.init(args, env, agent, optimizer, jax.random.key(5))
+    _, metrics = script.update(args, env, agent, optimizer, before)
+    _, transitions, _, last_value = noted["rollout"]
+    assert_identical(seen["memory"], before.memory)
+    assert_identical(seen["batch"][0], transitions)
+    assert_close(seen["batch"][1], script.compute_gae(transitions, last_value, args.gamma, 0.7), atol=1e-6)
+    target = np.asarray(transitions.value + script.compute_gae(transitions, last_value, args.gamma, 0.9))
+    assert_close(seen["batch"][2], target, atol=1e-6)
+    explained = 1 - (target - transitions.value).var() / target.var()
+    np.testing.assert_allclose(metrics["losses/explained_variance"], explained, rtol=1e-4)
+
+
 def test_no_bootstrap_at_a_time_limit(played):
     """A time limit counts as an end: its advantage is the reward minus the value, and the next step is a reset."""
     truncated = np.asarray(played.infos["truncated"])
@@ -287,7 +317,7 @@ def test_noise_differs_from_update_to_update(script, monkeypatch):
         note("rollout", runner.learner.update, key)
         return original(args, env, agent, runner, key)
 
-    def learn(args, agent, optimizer, learner, key, memory, transitions, advantage):
+    def learn(args, agent, optimizer, learner, key, memory, batch):
         note("learn", learner.update, key)
         return learner.params, learner.opt_state, {}
 
@@ -360,10 +390,11 @@ def test_learning_rate_ends_where_it_should(script):
 
 
 def fake_batch(script, args):
-    """-> transitions, advantage, memory in which everything is the number of its environment, (T, B) or (B,)."""
+    """-> batch and memory in which everything is the number of its environment, (T, B) or (B,), advantages are greater
+    by 100 and targets by 200."""
     environment = jnp.tile(np.arange(args.num_envs, dtype=np.float32), (args.num_steps, 1))
     transitions = script.Transition(**{name: environment for name in script.Transition._fields})
-    return transitions, environment + 100.0, {"of": environment[0]}
+    return (transitions, environment + 100.0, environment + 200.0), {"of": environment[0]}
 
 
 def test_learning_rate_is_the_step_size(script, monkeypatch):
@@ -372,11 +403,11 @@ def test_learning_rate_is_the_step_size(script, monkeypatch):
     monkeypatch.setattr(script, "ppo_loss", lambda params, *_: (params["w"] @ jnp.array([1.0, -2.0]), kl))
     args = small_args(script, learning_rate=1e-2, anneal_lr=True, num_minibatches=1, update_epochs=1)
     optimizer, params = script.make_optimizer(args), {"w": jnp.array([0.5, 0.5])}
-    transitions, advantage, memory = fake_batch(script, args)
+    batch, memory = fake_batch(script, args)
     learn = quick_jit(
         lambda update: script.learn(
             args, None, optimizer, script.Learner(params, optimizer.init(params), None, update), jax.random.key(0),
-            memory, transitions, advantage,
+            memory, batch,
         )
     )  # fmt: skip
     for update in (0, 3, args.num_updates - 1):
@@ -458,9 +489,9 @@ def record_minibatches(script, args, key, monkeypatch) -> list[tuple]:
 
     monkeypatch.setattr(script, "ppo_loss", ppo_loss)
     optimizer, params = script.make_optimizer(args), {"w": jnp.zeros(2)}
-    transitions, advantage, memory = fake_batch(script, args)
+    batch, memory = fake_batch(script, args)
     learner = script.Learner(params, optimizer.init(params), None, jnp.int32(0))
-    learn = quick_jit(lambda key: script.learn(args, None, optimizer, learner, key, memory, transitions, advantage))
+    learn = quick_jit(lambda key: script.learn(args, None, optimizer, learner, key, memory, batch))
     jax.block_until_ready(learn(key))
     jax.effects_barrier()
     return seen
@@ -476,7 +507,7 @@ def test_each_epoch_visits_each_environment_once(script, monkeypatch):
     for environments, advantage, target, memory, spread in seen:
         assert [env // M for env in environments] == list(range(G)), "one from each block"
         assert advantage == [env + 100.0 for env in environments]
-        assert target == [2 * env + 100.0 for env in environments]  # advantage + value
+        assert target == [env + 200.0 for env in environments]
         assert memory == environments
         assert spread == 0
     epochs = [[env for batch, *_ in seen[i : i + M] for env in batch] for i in range(0, len(seen), M)]
@@ -487,8 +518,8 @@ def test_each_epoch_visits_each_environment_once(script, monkeypatch):
 
 
 def test_when_to_stop_learning_from_a_rollout(script, monkeypatch):
-    """An epoch whose mean divergence exceeds target_kl is the last; without target_kl all are run, and only one
-    while the policy has more entropy than cautious_entropy."""
+    """An epoch whose mean divergence exceeds target_kl is the last; without target_kl all are run, and only one, at
+    half the learning rate, while the policy has more entropy than cautious_entropy."""
 
     def ppo_loss(params, args, agent, memory, batch, advantage, target):
         drift = jnp.abs(params["w"]).sum()  # grows by 0.1 a minibatch
@@ -501,9 +532,9 @@ def test_when_to_stop_learning_from_a_rollout(script, monkeypatch):
         args = small_args(script, num_minibatches=2, learning_rate=learning_rate, cautious_entropy=0.8, **changes)
         optimizer = script.make_optimizer(args)
         learner = script.Learner(params, optimizer.init(params), None, jnp.int32(0))
-        transitions, advantage, memory = fake_batch(script, args)
-        transitions = transitions._replace(log_prob=jnp.full_like(transitions.log_prob, log_prob))
-        learn = quick_jit(lambda key: script.learn(args, None, optimizer, learner, key, memory, transitions, advantage))
+        (transitions, *rest), memory = fake_batch(script, args)
+        batch = (transitions._replace(log_prob=jnp.full_like(transitions.log_prob, log_prob)), *rest)
+        learn = quick_jit(lambda key: script.learn(args, None, optimizer, learner, key, memory, batch))
         return learn(jax.random.key(0))
 
     after = {epochs: learned(update_epochs=epochs) for epochs in (1, 2, 5)}
