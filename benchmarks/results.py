@@ -48,15 +48,15 @@ def draw(curves: dict[str, list[dict]], path: Path):
 
 def main(folders: list[str]):
     curves = {}
-    print("| corridor | gates | seed | solved at step | minutes | final success, sampled | greedy |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for folder in map(Path, folders):
-        args = json.loads((folder / "args.json").read_text())
+    print("| script | corridor | gates | seed | solved at step | minutes | final success, sampled | greedy |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    runs = [(json.loads((Path(folder) / "args.json").read_text()), Path(folder)) for folder in folders]
+    for args, folder in sorted(runs, key=lambda run: (run[0]["exp_name"], run[0]["corridor_len"], run[0]["seed"])):
         final = json.loads((folder / "evaluation.json").read_text())
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         for i in range(args["num_seeds"]):
             seed, sampled, greedy = args["seed"] + i, final["sampled"]["success"][i], final["greedy"]["success"][i]
-            setting = f"| {args['corridor_len']} | {args['gate_init']} | {seed} "
+            setting = f"| {args['exp_name']} | {args['corridor_len']} | {args.get('gate_init', '-')} | {seed} "
             curves[setting.strip("| ").replace(" |", ",")] = own = [row for row in rows if int(row["seed"]) == seed]
             solved = solved_at(own)
             solved = solved if sampled >= 0.95 else None

@@ -20,12 +20,18 @@ from common import data, quick_compiler_options
 REPOSITORY = Path(__file__).parents[1]
 
 # Flags that make a script small; --num-steps is shorter than an episode, so runs are cut in mid-episode.
+TMAZE = (
+    "--corridor-len 10 --max-episode-steps 40 --d-actor 16 --d-critic 16 --num-envs 4 --num-steps 16 "
+    "--num-minibatches 2 --update-epochs 1 --eval-episodes 20 "
+)
+LAYERS = "--num-layers 1 --d-model 16 --d-head 8 --num-heads 1 "
 SMALL_FLAGS = {
-    "ppo_agalite_tmaze":
-    "--corridor-len 10 --max-episode-steps 40 --num-layers 1 --d-model 16 --d-head 8 --d-ffc 16 "
-    "--num-heads 1 --eta 2 --r 1 --d-actor 16 --d-critic 16 --num-envs 4 --num-steps 16 --num-minibatches 2 "
-    "--update-epochs 1 --eval-episodes 20",
-}  # fmt: skip
+    "ppo_agalite_tmaze": TMAZE + LAYERS + "--d-ffc 16 --eta 2 --r 1",
+    "ppo_galite_tmaze": TMAZE + LAYERS + "--d-ffc 16 --eta 2",
+    "ppo_gtrxl_tmaze": TMAZE + LAYERS + "--memory-len 6",
+    "ppo_lstm_tmaze": TMAZE + "--hidden-size 16",
+    "ppo_gru_tmaze": TMAZE + "--hidden-size 16",
+}
 BATCH = 4 * 16  # environment steps of an update with these flags
 
 # Each program is compiled once, in a hurry, for all the processes of a test session.

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SCRIPTS = ["ppo_agalite_tmaze"]
+SCRIPTS = ["ppo_agalite_tmaze", "ppo_galite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_gru_tmaze"]
+FIRST = SCRIPTS[:1]  # for tests of what is the same text in all of them (tests/test_sync.py) and knows no model
 
 # Small and all different, so that no two axes can be taken for each other. A script takes the fields it has.
 SMALL = {
     "corridor_len": 2, "num_distractors": 3, "max_episode_steps": 7,
     "num_layers": 2, "d_model": 12, "d_head": 5, "d_ffc": 10, "num_heads": 2, "eta": 3, "r": 4, "memory_len": 5,
+    "hidden_size": 11,
     "d_actor": 9, "d_critic": 11,
     "num_envs": 8, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 1280,
     "cautious_entropy": 2.0,
@@ -96,6 +98,47 @@ def deviation(ours, expected) -> float:
     assert [x.shape for x in ours] == [x.shape for x in expected]
     assert all(np.isfinite(x).all() for x in ours + expected)
     return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, expected, strict=True))
+
+
+def count_parameters(script, args) -> int:
+    """Of the agent that these arguments make."""
+    env, agent, _ = build(script, args)
+    obs, _ = jax.eval_shape(env.reset, jax.random.key(0), env.default_params)
+    start = jnp.zeros((1, *obs.shape)), jnp.ones((1, args.num_envs), bool), agent.initial_memory(args.num_envs)
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(agent.init, jax.random.key(0), *start)))
+
+
+def authors_gates(g, names) -> dict:
+    """The two gates of a layer in our shapes; g(name) finds the authors' array, names are what they call the gates."""
+    gates = {}
+    for j, gate in enumerate(names):
+        stack = lambda maps, gate=gate: {"kernel": np.concatenate([g(f"{gate}/{n}/kernel") for n in maps], axis=1)}
+        W, U, U_candidate = stack(("Wr", "Wz", "Wg")), stack(("Ur", "Uz")), stack(("Ug",))
+        gates[f"GRUGate_{j}"] = {"W": W, "U": U, "U_candidate": U_candidate, "bias": g(f"{gate}/bgp")}
+    return gates
+
+
+def check_golden(net, params, z):
+    """Values in one pass and in two calls and input gradients are those of the authors' code -> our final memory."""
+    x, reset, cotangent = z["inputs"][:, None], z["terminations"][:, None], z["cotangent"][:, None]
+    memory_0, split = net.initial_memory(1), int(z["split"])
+    expected_shapes = jax.eval_shape(net.init, jax.random.key(0), x, reset, memory_0)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected_shapes), "the test's own mapping"
+
+    with jax.default_matmul_precision("float32"):
+        apply = quick_jit(net.apply)
+        outputs, memory = apply(params, x, reset, memory_0)
+        first, handed_over = apply(params, x[:split], reset[:split], memory_0)
+        second, _ = apply(params, x[split:], reset[split:], handed_over)
+    assert 0 < split < len(x)
+    assert deviation(outputs[:, 0], z["outputs"]) <= 5e-6
+    assert deviation(np.concatenate([first, second])[:, 0], z["outputs_two_calls"]) <= 5e-6
+    with jax.enable_x64(True):  # their gradient in float32 takes up to half of the bound already
+        params, x, memory_0 = jax.tree.map(jnp.asarray, float64((params, x, memory_0)))
+        gradient = quick_jit(jax.grad(lambda x: (net.apply(params, x, reset, memory_0)[0] * cotangent).sum()))(x)
+        assert gradient.dtype == jnp.float64
+        assert deviation(np.asarray(gradient)[:, 0], z["input_gradient"]) <= 5e-6
+    return memory
 
 
 def assert_close(ours, expected, atol: float):

@@ -8,7 +8,7 @@ import shutil
 import jax
 import pytest
 from cli import BATCH, SMALL_FLAGS, checkpoint, finished, folder_of, rows, run, saved_args, snapshot, steps
-from common import SCRIPTS, load
+from common import FIRST, SCRIPTS, load
 from PIL import Image
 
 COLUMNS = ["update", "seed", "global_step", "elapsed", "charts/SPS"]
@@ -65,7 +65,7 @@ def test_run_leaves_what_it_promises(script, tmp_path):
     assert "Traceback" not in err and "Warning" not in err
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_several_seeds_have_rows_each(script, tmp_path):
     """--num-seeds 2 leaves a row an update and seed, and the seeds differ."""
     run(script, "--num-seeds", 2, "--seed", 3, "--total-timesteps", 12 * BATCH, cwd=tmp_path)
@@ -77,42 +77,52 @@ def test_several_seeds_have_rows_each(script, tmp_path):
 
 
 # Flags, and what the one sentence must name: the value, and the rule or the way out.
+REFUSED_BY_ALL = [
+    ("--corridor-len 1", "--corridor-len 1", "at least 2"),
+    ("--corridor-len 300", "--corridor-len 300", "8-bit Gray code, so at most 256"),
+    ("--corridor-len -5", "--corridor-len -5", "at least 2"),
+    ("--corridor-len abc", "--corridor-len", "abc"),
+    ("--corridor-len 20 --max-episode-steps 19", "--max-episode-steps 19", "at least 20"),
+    ("--num-distractors -1", "--num-distractors -1", "at least 0"),
+    ("--num-envs 8 --num-minibatches 3", "--num-envs 8", "not divisible by --num-minibatches 3"),
+    ("--num-envs 0", "--num-envs 0", "at least 1"),
+    ("--num-seeds 0", "--num-seeds 0", "at least 1"),
+    ("--total-timesteps 10", "--total-timesteps 10", "less than one update"),
+    ("--total-timesteps 1.5e0", "1.5e0", "not a whole number"),
+    ("--total-timesteps inf", "inf", "not a whole number"),
+    ("--total-timesteps abc", "--total-timesteps", "abc"),
+    ("--learning-rate nan", "--learning-rate nan", "finite"),
+    ("--learning-rate inf", "--learning-rate inf", "finite"),
+    ("--learning-rate -1", "--learning-rate -1", "at least 0"),
+    ("--learning-rate 0", "--learning-rate 0", "above 0"),
+    ("--critic-bias nan", "--critic-bias nan", "finite"),
+    ("--logit-noise -1", "--logit-noise -1", "at least 0"),
+    ("--cautious-entropy -1", "--cautious-entropy -1", "at least 0"),
+    ("--critic-lambda 1.5", "--critic-lambda 1.5", "at most 1"),
+    ("--gamma 1.5", "--gamma 1.5", "at most 1"),
+    ("--gae-lambda -0.1", "--gae-lambda -0.1", "at least 0"),
+    ("--clip-coef 0", "--clip-coef 0", "above 0"),
+    ("--seed -1", "--seed -1", "at least 0"),
+    ("--seed 4294967296", "--seed 4294967296", "below 2^31"),
+    ("--no-such-flag 3", "--no-such-flag", "nrecognized"),
+    ("--exp-name a/b", "--exp-name a/b", "folder"),
+    ("--resume nowhere", "nowhere", "not the folder of a run"),
+    ("--evaluate nowhere", "nowhere", "not the folder of a run"),
+]
+CHRONO = [
+    ("--gate-init foo", "foo", "chrono"),
+    ("--chrono-t-max 1", "--chrono-t-max 1", "above 1"),
+]
+LAYERS = [
+    ("--num-layers 0", "--num-layers 0", "at least 1"),
+]
 REFUSED = {
-    "ppo_agalite_tmaze": [
-        ("--corridor-len 1", "--corridor-len 1", "at least 2"),
-        ("--corridor-len 300", "--corridor-len 300", "8-bit Gray code, so at most 256"),
-        ("--corridor-len -5", "--corridor-len -5", "at least 2"),
-        ("--corridor-len abc", "--corridor-len", "abc"),
-        ("--corridor-len 20 --max-episode-steps 19", "--max-episode-steps 19", "at least 20"),
-        ("--num-distractors -1", "--num-distractors -1", "at least 0"),
-        ("--gate-init foo", "foo", "chrono"),
-        ("--chrono-t-max 1", "--chrono-t-max 1", "above 1"),
-        ("--num-envs 8 --num-minibatches 3", "--num-envs 8", "not divisible by --num-minibatches 3"),
-        ("--num-envs 0", "--num-envs 0", "at least 1"),
-        ("--num-seeds 0", "--num-seeds 0", "at least 1"),
-        ("--total-timesteps 10", "--total-timesteps 10", "less than one update"),
-        ("--total-timesteps 1.5e0", "1.5e0", "not a whole number"),
-        ("--total-timesteps inf", "inf", "not a whole number"),
-        ("--total-timesteps abc", "--total-timesteps", "abc"),
-        ("--learning-rate nan", "--learning-rate nan", "finite"),
-        ("--learning-rate inf", "--learning-rate inf", "finite"),
-        ("--learning-rate -1", "--learning-rate -1", "at least 0"),
-        ("--learning-rate 0", "--learning-rate 0", "above 0"),
-        ("--critic-bias nan", "--critic-bias nan", "finite"),
-        ("--logit-noise -1", "--logit-noise -1", "at least 0"),
-        ("--cautious-entropy -1", "--cautious-entropy -1", "at least 0"),
-        ("--critic-lambda 1.5", "--critic-lambda 1.5", "at most 1"),
-        ("--gamma 1.5", "--gamma 1.5", "at most 1"),
-        ("--gae-lambda -0.1", "--gae-lambda -0.1", "at least 0"),
-        ("--clip-coef 0", "--clip-coef 0", "above 0"),
-        ("--num-layers 0", "--num-layers 0", "at least 1"),
-        ("--seed -1", "--seed -1", "at least 0"),
-        ("--seed 4294967296", "--seed 4294967296", "below 2^31"),
-        ("--no-such-flag 3", "--no-such-flag", "nrecognized"),
-        ("--exp-name a/b", "--exp-name a/b", "folder"),
-        ("--resume nowhere", "nowhere", "not the folder of a run"),
-        ("--evaluate nowhere", "nowhere", "not the folder of a run"),
-    ],
+    "ppo_agalite_tmaze": [*REFUSED_BY_ALL, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
+    "ppo_galite_tmaze": [*REFUSED_BY_ALL, *CHRONO, *LAYERS, ("--eta 0", "--eta 0", "at least 1")],
+    "ppo_gtrxl_tmaze": [*REFUSED_BY_ALL, *LAYERS, ("--memory-len 0", "--memory-len 0", "at least 1"),
+                        ("--d-model 7", "--d-model 7", "even")],
+    "ppo_lstm_tmaze": [*REFUSED_BY_ALL, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
+    "ppo_gru_tmaze": [*REFUSED_BY_ALL, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
 }  # fmt: skip
 
 
@@ -133,7 +143,7 @@ def test_impossible_arguments_are_refused(script, flags, value, rule, capsys):
     assert value in said and rule in said, said
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_refusal_comes_before_anything_else(script, tmp_path):
     """A refused command exits non-zero at once, without a traceback, and leaves no folder."""
     out, err = run(script, "--num-minibatches", 3, cwd=tmp_path, expect=2)
@@ -141,7 +151,7 @@ def test_refusal_comes_before_anything_else(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_resume_checks_the_folder(script, tmp_path, capsys):
     """--resume refuses folders without a run and flags that differ from the run's, naming both values."""
     assert "not the folder of a run" in refusal(script, ["--resume", str(tmp_path)], capsys)
@@ -156,7 +166,7 @@ def test_resume_checks_the_folder(script, tmp_path, capsys):
     assert args.gamma == 0.99 and args.num_envs * args.num_steps == BATCH
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_resume_judges_flags_by_the_run_not_by_the_defaults(script):
     """Beside --resume a flag needs to fit the run's other arguments, not the defaults."""
     few = 3 * BATCH  # less than one update with the default sizes
@@ -164,7 +174,7 @@ def test_resume_judges_flags_by_the_run_not_by_the_defaults(script):
     assert args.total_timesteps == few
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_annealed_run_cannot_be_extended(script, tmp_path, capsys):
     """With --anneal-lr the length of a run is part of the computation, so --resume refuses another."""
     args = load(script).parse_args(SMALL_FLAGS[script].split() + ["--anneal-lr", "--total-timesteps", "6400"])
@@ -173,7 +183,7 @@ def test_annealed_run_cannot_be_extended(script, tmp_path, capsys):
     assert "--total-timesteps 12800" in said and "6400" in said
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_evaluate_only_evaluates(script, tmp_path):
     """--evaluate leaves checkpoints, metrics and arguments as they are and evaluates again, to the same result."""
     folder = tmp_path / "run"
@@ -188,7 +198,7 @@ def test_evaluate_only_evaluates(script, tmp_path):
     assert "evaluation with sampled actions" in out
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_finished_run_can_be_extended(script, tmp_path):
     """--resume with more --total-timesteps goes on where a finished run ended, and keeps its rows."""
     folder = tmp_path / "run"

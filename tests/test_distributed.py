@@ -6,7 +6,7 @@ import socket
 
 import pytest
 from cli import BATCH, ENVIRONMENT, checkpoint, finish, folder_of, lasting, rows, run, start, steps, wait_for_row
-from common import SCRIPTS, assert_close
+from common import FIRST, assert_close
 
 
 def start_two(script, *flags, **options):
@@ -18,7 +18,7 @@ def start_two(script, *flags, **options):
     return [start(script, "--distributed", *flags, env=job | {"JAX_PROCESS_ID": str(i)}, **options) for i in range(2)]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_two_processes_equal_one(script, tmp_path):
     """After two updates, and resumed for two more, two processes have the parameters and metrics of one."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -41,7 +41,7 @@ def test_two_processes_equal_one(script, tmp_path):
                 finish(process)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_signal_to_one_stops_both(script, tmp_path):
     """SIGTERM to one of the processes stops both after the same update, with a checkpoint of it."""
     processes = start_two(script, "--total-timesteps", 5000 * BATCH, cwd=tmp_path)

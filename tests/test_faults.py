@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from cli import BATCH, checkpoint, finish, finished, folder_of, lasting, rows, run, start, steps, wait_for_row
-from common import SCRIPTS, assert_identical, data, load, quick_jit
+from common import FIRST, SCRIPTS, assert_identical, data, load, quick_jit
 
 FLAGS = ["--total-timesteps", 200 * BATCH, "--checkpoint-interval", 20]  # those of `finished`
 
@@ -43,7 +43,7 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path):
     assert_same_outcome(folder, script)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_run_killed_before_its_first_checkpoint(script, tmp_path):
     """Where a run was killed before it saved anything, --resume says so in a sentence."""
     process = start(script, *FLAGS, cwd=tmp_path)
@@ -58,7 +58,7 @@ def test_run_killed_before_its_first_checkpoint(script, tmp_path):
     assert "no checkpoint" in err.splitlines()[-1] and str(folder) in err.splitlines()[-1] and "Traceback" not in err
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_how_to_resume(script, number, tmp_path):
     """Ctrl-C and SIGTERM finish the update, save it and print a command that completes the run."""
@@ -128,7 +128,7 @@ def restored(monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_checkpoint_is_set_aside(script, damage, tmp_path, restored, capsys):
     """Whatever happened to the newest checkpoint, the one before is used, and a word said."""
@@ -147,7 +147,7 @@ def test_damaged_checkpoint_is_set_aside(script, damage, tmp_path, restored, cap
     assert steps(folder) == [180] and len(list((folder / "checkpoints").glob("damaged_200*"))) == 2
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_run_completes_after_damage(script, tmp_path):
     """A run whose newest checkpoint is damaged goes on from the one before, to the same end, and saves it again."""
     folder = tmp_path / "run"
@@ -157,7 +157,7 @@ def test_run_completes_after_damage(script, tmp_path):
     assert_same_outcome(folder, script)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_no_readable_checkpoint_is_said(script, tmp_path, restored):
     """With every checkpoint damaged, one sentence says that none can be read."""
     folder = tmp_path / "run"
@@ -171,7 +171,7 @@ def test_no_readable_checkpoint_is_said(script, tmp_path, restored):
 # ---------------------------------------------------------------------------------------------------------- full disk
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("victim", ["checkpoint", "metrics"])
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
 def test_full_disk_ends_the_run_with_a_word(script, victim, tmp_path):
@@ -194,7 +194,7 @@ def test_full_disk_ends_the_run_with_a_word(script, victim, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- divergence
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FIRST)
 def test_diverging_run_stops_before_it_saves(script, tmp_path):
     """NaN or infinity stops the run naming update and seed; the checkpoint before stays, with finite parameters."""
     flags = ["--learning-rate", "1e30", "--num-seeds", 1, "--seed", 7, "--checkpoint-interval", 1]

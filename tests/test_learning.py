@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 from common import build, load
 
-SETTINGS = {
-    "ppo_agalite_tmaze": {
-        "corridor_len": 8, "max_episode_steps": 50, "num_layers": 1, "d_model": 32, "d_head": 16, "d_ffc": 32,
-        "num_heads": 2, "eta": 2, "d_actor": 32, "d_critic": 32, "chrono_t_max": 30.0,
-        "num_envs": 16, "num_steps": 64, "num_minibatches": 4, "ent_coef": 0.03, "total_timesteps": 65_536,
-        # What finds the junction of a long corridor and walks there is out of place in a short one.
-        "critic_bias": 0.0, "logit_noise": 0.0, "cautious_entropy": 2.0, "update_epochs": 4, "learning_rate": 1e-3,
-    },
+# What finds the junction of a long corridor and walks there is out of place in a short one.
+SHORT = {
+    "corridor_len": 8, "max_episode_steps": 50, "d_actor": 32, "d_critic": 32, "num_envs": 16, "num_steps": 64,
+    "num_minibatches": 4, "ent_coef": 0.03, "total_timesteps": 65_536, "critic_bias": 0.0, "logit_noise": 0.0,
+    "cautious_entropy": 2.0, "update_epochs": 4, "learning_rate": 1e-3,
 }  # fmt: skip
+LAYERS = {"num_layers": 1, "d_model": 32, "d_head": 16, "num_heads": 2}
+SETTINGS = {
+    "ppo_agalite_tmaze": SHORT | LAYERS | {"d_ffc": 32, "eta": 2, "chrono_t_max": 30.0, "learning_rate": 2e-3},
+    "ppo_galite_tmaze": SHORT | LAYERS | {"d_ffc": 32, "eta": 2, "chrono_t_max": 30.0},
+    "ppo_gtrxl_tmaze": SHORT | LAYERS | {"memory_len": 16},
+    "ppo_lstm_tmaze": SHORT | {"hidden_size": 32, "chrono_t_max": 30.0},
+    "ppo_gru_tmaze": SHORT | {"hidden_size": 32, "chrono_t_max": 30.0},
+}
 
 
 class Forgetful:

@@ -1,0 +1,241 @@
+"""What remembering costs: one acting step and one training pass of all five T-Maze agents, over the context length.
+
+    python benchmarks/inference.py
+
+The context is GTrXL's --memory-len; the memories of the others have a size of their own and do not depend on it. Every
+agent has the published size. Acting is one step of a batch of environments, training the gradient of a loss over 256
+steps of 4 environments. Operations are counted in the traced program, peak memory is what the compiler reserves beyond
+inputs and outputs, state is what one environment carries. "GTrXL, cached" keeps keys and values while acting instead of
+layer inputs, which is the best that a window can do; it is checked to give the same outputs. Agents run in turn, so
+trust the ratios to GTrXL of the same length, and not the microseconds. Leaves docs/inference.csv and
+docs/inference.png.
+"""
+
+import csv
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+LENGTHS, BATCHES, T, OBS = (32, 64, 128, 256, 512), (1, 16), 256, 16
+NAMES = {"agalite": "AGaLiTe", "galite": "GaLiTe", "lstm": "LSTM", "gru": "GRU", "gtrxl": "GTrXL"}
+
+
+def build(name: str, B: int, **changes):
+    """-> args, agent, parameters and a blank memory of B environments."""
+    script = importlib.import_module(f"ppo_{name}_tmaze")
+    args = script.Args(**changes)
+    agent = script.ActorCritic(args, 4)
+    memory = agent.initial_memory(B)
+    params = jax.jit(agent.init)(jax.random.key(0), jnp.zeros((1, B, OBS)), jnp.ones((1, B), bool), memory)
+    return args, agent, params, memory
+
+
+def cached_step(script, args, params, obs, memory):
+    """One step of GTrXL from cached keys and values (B, L, M, H, d) and which are visible (B, M); nothing resets."""
+    keys, values, visible = memory
+    p, H, d, M = params["params"], args.num_heads, args.d_head, args.memory_len
+    dense = lambda p, x: x @ p["kernel"] + p["bias"]
+    norm = lambda p, x: script.nn.LayerNorm().apply({"params": p}, x)
+    gate = lambda p, x, y: script.GRUGate().apply({"params": p}, x, y)
+    episode = jnp.concatenate([jnp.where(visible.T, 0, -1), jnp.zeros((1, len(visible)), int)])  # (M + 1, B)
+    x = jax.nn.relu(dense(p["memory"]["embedding"], obs))  # (1, B, D)
+    new_keys, new_values = [], []
+    for i in range(args.num_layers):
+        layer = p["memory"][f"GTrXLLayer_{i}"]
+        a = layer["attention"]
+        k, v = jnp.split(dense(a["key_value"], norm(a["LayerNorm_0"], x)).reshape(1, -1, 2 * H, d), 2, axis=2)
+        k, v = (jnp.concatenate([jnp.moveaxis(old[:, i], 1, 0), new]) for old, new in ((keys, k), (values, v)))
+        new_keys.append(k[1:])
+        new_values.append(v[1:])
+        positions = dense(a["position"], script.sinusoids(M + 1, args.d_model)).reshape(M + 1, H, d)
+        biases = p["memory"]["content_bias"], p["memory"]["position_bias"]
+        q = dense(a["query"], x).reshape(1, -1, H, d)
+        y = script.window_attention(q, k, v, *biases, positions, episode).reshape(1, -1, H * d)
+        x = gate(layer["GRUGate_0"], x, jax.nn.relu(dense(a["out"], y)))
+        z = jax.nn.relu(dense(layer["Dense_0"], norm(layer["LayerNorm_0"], x)))
+        x = gate(layer["GRUGate_1"], x, jax.nn.relu(dense(layer["Dense_1"], z)))
+    logits, value = (dense(p[n]["Dense_1"], jnp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic"))
+    stack = lambda new: jnp.moveaxis(jnp.stack(new), 2, 0)  # (L, M, B, H, d) -> (B, L, M, H, d)
+    visible = jnp.concatenate([visible[:, 1:], jnp.ones((len(visible), 1), bool)], axis=1)
+    return logits, value[..., 0], (stack(new_keys), stack(new_values), visible)
+
+
+def acting(name: str, B: int, length: int):
+    """-> a function of (params, obs (1, B, OBS), memory) and its first and last argument."""
+    cached = name == "gtrxl, cached"
+    script = importlib.import_module(f"ppo_{name.split(',')[0]}_tmaze")
+    changes = {"memory_len": length} if "gtrxl" in name else {}
+    args, agent, params, memory = build(name.split(",")[0], B, **changes)
+    if cached:
+        shape = B, args.num_layers, length, args.num_heads, args.d_head
+        memory = jnp.zeros(shape), jnp.zeros(shape), jnp.zeros((B, length), bool)
+        return lambda params, obs, memory: cached_step(script, args, params, obs, memory), params, memory
+    return lambda params, obs, memory: agent.apply(params, obs, jnp.zeros((1, B), bool), memory), params, memory
+
+
+def check_cache(B: int = 2, length: int = 5, steps: int = 12):
+    """The cached variant gives what GTrXL gives, beyond the length of its window."""
+    obs = np.random.default_rng(0).normal(size=(steps, 1, B, OBS)).astype(np.float32)
+    outputs = []
+    for name in ("gtrxl", "gtrxl, cached"):
+        step, params, memory = acting(name, B, length)
+        step, logits = jax.jit(step), []
+        for x in obs:
+            out, _, memory = step(params, x, memory)
+            logits.append(out)
+        outputs.append(np.stack(logits))
+    assert np.abs(outputs[0] - outputs[1]).max() < 1e-5 * np.abs(outputs[0]).max() + 1e-6
+
+
+def training(name: str, length: int, B: int = 4):
+    """-> the gradient of a loss over T steps, a function of (params, obs (T, B, OBS), memory), and its arguments."""
+    _, agent, params, memory = build(name, B, **({"memory_len": length} if name == "gtrxl" else {}))
+    obs = jnp.asarray(np.random.default_rng(0).normal(size=(T, B, OBS)), jnp.float32)
+
+    def loss(params, obs, memory):
+        logits, value, _ = agent.apply(params, obs, jnp.zeros((T, B), bool), memory)
+        return (logits**2).mean() + (value**2).mean()
+
+    return jax.grad(loss), params, obs, memory
+
+
+def operations(jaxpr) -> float:
+    """Floating-point operations: 2 a multiply-add in matrix products, 1 an element that any other operation makes.
+
+    The compiler's own count takes the body of a loop once; this one takes it as often as it runs.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        size = sum(x.aval.size for x in equation.outvars if jnp.issubdtype(x.aval.dtype, jnp.floating))
+        inner = [
+            x for x in jax.tree.leaves(list(equation.params.values())) if hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * size * np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+        elif inner:
+            total += equation.params.get("length", 1) * sum(operations(getattr(x, "jaxpr", x)) for x in inner)
+        elif equation.primitive.name not in MOVES:
+            total += size
+    return total
+
+
+MOVES = {
+    "reshape",
+    "transpose",
+    "broadcast_in_dim",
+    "slice",
+    "squeeze",
+    "concatenate",
+    "gather",
+    "dynamic_slice",
+    "pad",
+}
+MOVES |= {"copy", "convert_element_type", "split", "rev", "dynamic_update_slice", "scatter-add", "expand_dims"}
+
+
+def compile_(function, *arguments):
+    """-> compiled, its floating-point operations, its peak memory in bytes."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return compiled, operations(jax.make_jaxpr(function)(*arguments)), compiled.memory_analysis().temp_size_in_bytes
+
+
+def microseconds(cases: dict, budget: float) -> dict:
+    """Median time of each (compiled, arguments), run in turn so that a drift of the machine's speed meets all."""
+    times = {key: [] for key in cases}
+    for compiled, arguments in cases.values():
+        jax.block_until_ready(compiled(*arguments))
+    start = time.perf_counter()
+    while time.perf_counter() - start < budget or len(times[next(iter(times))]) < 5:
+        for key, (compiled, arguments) in cases.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            times[key].append(1e6 * (time.perf_counter() - begin))
+    return {key: float(np.median(values)) for key, values in times.items()}
+
+
+def measure() -> list[dict]:
+    """A row for each kind of work, batch, length and agent."""
+    rows = []
+    for work, B in [("acting", B) for B in BATCHES] + [("training", 4)]:
+        names = [*NAMES] + (["gtrxl, cached"] if work == "acting" else [])
+        cases, facts = {}, {}
+        for length in LENGTHS:
+            for name in names:
+                key = (name, length if "gtrxl" in name else None)  # only a window has a length
+                if key in cases:
+                    continue
+                if work == "acting":
+                    step, params, memory = acting(name, B, length)
+                    arguments = params, jnp.ones((1, B, OBS)), memory
+                else:
+                    step, *arguments = training(name, length)
+                compiled, flops, peak = compile_(step, *arguments)
+                cases[key] = compiled, arguments
+                state = sum(x.nbytes for x in jax.tree.leaves(arguments[-1])) / B
+                facts[key] = {"GFLOP": flops / 1e9, "state_kB": state / 1e3, "peak_MB": peak / 1e6}
+        times = microseconds(cases, budget=20 if work == "acting" else 60)
+        for length in LENGTHS:
+            for name in names:
+                key = (name, length if "gtrxl" in name else None)
+                row = {"work": work, "batch": B, "length": length, "agent": name, "us": times[key]} | facts[key]
+                rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    return rows
+
+
+def table(rows: list[dict]):
+    """Prints each figure as a ratio to GTrXL at the same length, below 1 where less is needed."""
+    for work, B in dict.fromkeys((row["work"], row["batch"]) for row in rows):
+        print(f"\n{work}, {B} environments\n")
+        print("| agent | length | time, µs | to GTrXL | operations to GTrXL | state, kB | to GTrXL | peak to GTrXL |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        for row in (row for row in rows if (row["work"], row["batch"]) == (work, B)):
+            same = lambda other, row=row: [other[k] == row[k] for k in ("work", "batch", "length")] == [True] * 3
+            base = next(other for other in rows if same(other) and other["agent"] == "gtrxl")
+            ratio = {k: float(row[k]) / max(float(base[k]), 1e-12) for k in ("us", "GFLOP", "state_kB", "peak_MB")}
+            name = NAMES.get(row["agent"], "GTrXL, cached")
+            print(
+                f"| {name} | {row['length']} | {float(row['us']):,.0f} | {ratio['us']:.2f} | {ratio['GFLOP']:.2f} "
+                f"| {float(row['state_kB']):,.0f} | {ratio['state_kB']:.2f} | {ratio['peak_MB']:.2f} |"
+            )
+
+
+def draw(rows: list[dict], path: Path):
+    """Time of an acting step and of a training pass, and bytes of state, over the length."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = (("acting", BATCHES[-1], "us"), ("training", 4, "us"), ("acting", BATCHES[-1], "state_kB"))
+    titles = (f"acting, {BATCHES[-1]} environments, µs", f"training, {T} steps of 4, µs", "state, kB")
+    for axis, (work, B, name), title in zip(figure.subplots(1, 3), panels, titles, strict=True):
+        for agent in dict.fromkeys(row["agent"] for row in rows if row["work"] == work):
+            curve = [r for r in rows if (r["work"], r["batch"], r["agent"]) == (work, B, agent)]
+            label = NAMES.get(agent, "GTrXL, cached")
+            axis.loglog([r["length"] for r in curve], [float(r[name]) for r in curve], "o-", label=label, markersize=3)
+        axis.set(xlabel="context length", title=title)
+        axis.set_xticks(LENGTHS, LENGTHS)
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize="x-small")
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    check_cache()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32, published sizes")
+    rows = measure()
+    with (ROOT / "docs" / "inference.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    table(rows)
+    draw(rows, ROOT / "docs" / "inference.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""GTrXL against the numbers of its authors, a float64 reference of our own that goes further, and its parameters."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import gtrxl_reference
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import (
+    authors_gates,
+    build,
+    check_golden,
+    count_parameters,
+    deviation,
+    float64,
+    load,
+    quick_jit,
+    random_params,
+    small_args,
+)
+from test_ppo import Played
+
+script = load("ppo_gtrxl_tmaze")
+
+
+def authors_params(z, args) -> dict:
+    """The authors' parameter tree in our shapes."""
+    get = lambda name: z[f"params/{name}"]
+    dense = lambda name: {n: get(f"{name}/{n}") for n in ("kernel", "bias")}
+    params = {"embedding": dense("embedding/layers_0"), "content_bias": get("u"), "position_bias": get("v")}
+    for i in range(args.num_layers):
+        first = f"layers_{i}"
+        norm = lambda name, first=first: {n: get(f"{first}/{name}/{n}") for n in ("scale", "bias")}
+        names = {"key_value": "attention_kv", "query": "attention_q", "position": "project_pos", "out": "project"}
+        attention = {ours: dense(f"{first}/attention/{theirs}") for ours, theirs in names.items()}
+        layer = {"attention": attention | {"LayerNorm_0": norm("layernorm1")}, "LayerNorm_0": norm("layernorm2")}
+        layer |= authors_gates(lambda name, first=first: get(f"{first}/{name}"), ("gate1", "gate2"))
+        layer |= {f"Dense_{j}": dense(f"{first}/mlp/layers_{2 * j}/layers_0") for j in range(2)}
+        params[f"GTrXLLayer_{i}"] = layer
+    return {"params": params}
+
+
+@pytest.mark.parametrize("name", ["gtrxl_m8", "gtrxl_m40"])
+def test_golden_numbers(name):
+    """Values, input gradients and final memory are those of the authors' code."""
+    z = np.load(Path(__file__).parent / "golden" / f"{name}.npz")
+    meta = ast.literal_eval(str(z["meta"]))
+    assert meta.pop("mlp_num") == 2
+    names = {"head_dim": "d_head", "embedding_dim": "d_model", "head_num": "num_heads", "layer_num": "num_layers"}
+    args = script.Args(**{names.get(name, name): value for name, value in meta.items()})
+    memory = check_golden(script.GTrXL(args), authors_params(z, args), z)
+    inputs, hidden = z["memory/0"][:-1, :, 0], z["memory/1"]  # (L, M, D), (M,)
+    np.testing.assert_array_equal(memory.visible[0], ~hidden)
+    shown = np.asarray(memory.inputs[0])[:, ~hidden]  # what is hidden is never read
+    assert deviation(shown, inputs[:, ~hidden]) <= 5e-6
+
+
+T, B, OBS = 70, 3, 9
+RESETS = np.zeros((T, B), bool)
+RESETS[[0, 20, 21, 22, T - 1], 0] = True  # at the start, consecutive, at the very end
+RESETS[[33, 34], 1] = True  # starts in mid-episode
+# the third begins in mid-episode and never ends: 14 windows of 5 steps
+
+
+def case(memory_len: int):
+    """A small agent with random parameters, observations, and a memory of which a part is in sight."""
+    args = small_args(script, memory_len=memory_len)
+    _, agent, _ = build(script, args)
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(T, B, OBS)).astype(np.float32)
+    inputs = rng.normal(size=agent.initial_memory(B).inputs.shape).astype(np.float32)
+    visible = np.arange(memory_len) >= np.array([0, memory_len // 2, memory_len])[:, None]
+    memory = script.WindowMemory(inputs, visible)
+    params = random_params(jax.eval_shape(agent.init, jax.random.key(0), obs, RESETS, memory))
+    return args, agent, params, obs, memory
+
+
+@pytest.mark.parametrize("memory_len", [1, 5, 7, 16, 100])
+def test_agrees_with_a_float64_reference(memory_len):
+    """Values, memory and every derivative are those of the plain formulas in double precision: of windows that are cut
+    into blocks and such that are not, shorter than an episode and longer. No gradient passes the handed-over memory."""
+    args, agent, params, obs, memory = case(memory_len)
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=(T, B, 4)), rng.normal(size=(T, B))
+    weighted_sum = lambda outputs: sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
+    sizes = args.num_heads, args.d_head
+
+    def ours(params, obs, inputs):
+        logits, value, new = agent.apply(params, obs, RESETS, memory._replace(inputs=inputs))
+        return weighted_sum((logits, value)), (logits, value, new)
+
+    with jax.default_matmul_precision("float32"):
+        (of_params, of_obs, of_memory), (logits, value, new) = quick_jit(jax.grad(ours, (0, 1, 2), has_aux=True))(
+            params, obs, memory.inputs
+        )
+    assert not np.any(of_memory)
+    expected, inputs, visible = gtrxl_reference.agent(
+        float64(params), float64(obs), RESETS, float64(memory.inputs), memory.visible, sizes, np
+    )
+    assert 0.3 < np.abs(expected[0]).mean() < 10, "activations of order 1"
+    assert deviation((logits, value), expected) < 3e-5
+    assert deviation(new.inputs, inputs) < 5e-6
+    np.testing.assert_array_equal(new.visible, visible)
+
+    with jax.enable_x64(True):
+
+        def reference(params, obs):
+            outputs, _, _ = gtrxl_reference.agent(params, obs, RESETS, inputs_64, memory.visible, sizes, jnp)
+            return weighted_sum(outputs)
+
+        inputs_64 = jnp.asarray(float64(memory.inputs))
+        expected = quick_jit(jax.grad(reference, (0, 1)))(*jax.tree.map(jnp.asarray, float64((params, obs))))
+        assert jax.tree.leaves(expected)[0].dtype == jnp.float64
+        expected = float64(expected)
+    attention = lambda tree, i: tree[0]["params"]["memory"][f"GTrXLLayer_{i}"]["attention"]
+    for i in range(args.num_layers):  # the bias of positions cancels in the softmax: nothing but rounding is left
+        for tree in ((of_params, of_obs), expected):
+            assert np.abs(attention(tree, i)["position"].pop("bias")).max() < 1e-3
+    assert deviation((of_params, of_obs), expected) < 3e-4
+
+
+def test_a_step_sees_just_its_window():
+    """An observation M steps back in one layer changes the outcome, one more step back does not. Through two layers
+    twice as far."""
+    args, agent, params, obs, memory = case(memory_len=5)
+    apply = quick_jit(agent.apply)
+    none = np.zeros((T, B), bool)
+    logits, _, _ = apply(params, obs, none, memory)
+    other = obs.copy()
+    other[30] += 1.0
+    changed, _, _ = apply(params, other, none, memory)
+    moved = np.abs(changed - logits).max((1, 2)) > 1e-6
+    reach = args.num_layers * args.memory_len
+    assert moved[30 : 30 + reach + 1].all() and not moved[:30].any() and not moved[30 + reach + 1 :].any()
+
+
+def test_ratio_one_notices_a_missing_window():
+    """Were learning to see further back than acting, as the authors' does, the ratio would not be 1."""
+    played = Played(script)
+    M = played.args.memory_len
+    wide = script.ActorCritic(dataclasses.replace(played.args, memory_len=2 * M), 4)
+    inputs, visible = played.memory
+    further = script.WindowMemory(jnp.pad(inputs, [(0, 0), (0, 0), (M, 0), (0, 0)]), jnp.pad(visible, [(0, 0), (M, 0)]))
+    assert max(played.errors()) <= 1e-4
+    played.apply = jax.jit(wide.apply)
+    assert min(played.errors(memory=further)) > 1e-2
+
+
+def test_parameters_at_first():
+    """The published count; Flax's own initialisers; nothing else but zeros, ones and the gate's bias of 2."""
+    assert count_parameters(script, script.Args()) == 1_617_925
+    args = small_args(script, d_model=64, d_head=16)
+    _, agent, _ = build(script, args)
+    obs, reset = jnp.zeros((1, 1, OBS)), jnp.ones((1, 1), bool)
+    params = quick_jit(agent.init)(jax.random.key(7), obs, reset, agent.initial_memory(1))["params"]
+    layer = float64(params["memory"]["GTrXLLayer_0"])
+    np.testing.assert_array_equal(layer["GRUGate_0"]["bias"], np.full(64, 2.0))
+    assert not np.any(params["memory"]["content_bias"]) and not np.any(params["memory"]["position_bias"])
+    for owner, name in (("GRUGate_0", "W"), ("GRUGate_1", "U_candidate"), ("attention", "key_value")):
+        kernel = layer[owner][name]["kernel"]  # (64, n), of variance 1 / 64
+        assert abs(kernel.std() * 8 - 1) < 0.05 and abs(kernel.mean()) < 0.01
+        assert np.abs(kernel[:, :64].T @ kernel[:, :64] - np.eye(64)).max() > 0.2, "not orthogonal"
