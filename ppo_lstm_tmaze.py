@@ -71,7 +71,7 @@ class Args:
     """decides everything: parameters, environments, actions, minibatches"""
     num_seeds: int = 1
     """how many seeds to train at once: seed, seed + 1, ..."""
-    total_timesteps: WholeNumber = 700_000
+    total_timesteps: WholeNumber = 1_000_000
     """environment steps per seed (1e6 is understood; published: 5e6)"""
     checkpoint_interval: int = 20
     """updates between two checkpoints"""
@@ -136,16 +136,16 @@ class Args:
     """passes over each rollout (published: 1)"""
     cautious_entropy: float = 0.75
     """while actions have more entropy (nats), one pass only, at half the learning rate (published: as with 2, never)"""
-    norm_adv: bool = False
-    """normalise advantages in each minibatch (published: no)"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
     clip_coef: float = 0.2
     """how far the probability ratio may move from 1 before its gradient is cut"""
     clip_vloss: bool = False
     """clip the value loss too, with the same coefficient"""
-    ent_coef: float = 0.005
+    ent_coef: float = 0.01
     """weight of the entropy bonus (published, for A2C: 0.001; GTrXL of 128 steps and GRU 0.01)"""
-    vf_coef: float = 0.025
-    """weight of the value loss (published: 0.5)"""
+    vf_coef: float = 0.05
+    """weight of the value loss"""
     max_grad_norm: float = 0.5
     """gradients are scaled down to this global norm"""
     logit_noise: float = 0.7
