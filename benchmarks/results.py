@@ -9,6 +9,7 @@ with sampled actions; the minutes are those since the start of training, compila
 """
 
 import csv
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -33,16 +34,18 @@ def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> t
     return None
 
 
-def draw(curves: dict[str, list[dict]], path: Path):
-    """Success and length of the episodes that ended in each update, a line a run."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+def draw(curves: dict[tuple, list[dict]], path: Path):
+    """Success and length of the episodes of each update, a line a run, named by what tells it from the others."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    differs = [len(set(column)) > 1 for column in zip(*curves, strict=True)]
+    name_of = lambda setting: ", ".join(itertools.compress(setting, differs))
     for axis, name in zip(figure.subplots(1, 2), ("charts/success_rate", "charts/episodic_length"), strict=True):
-        for label, rows in curves.items():
+        for setting, rows in curves.items():
             points = [(int(row["global_step"]), float(row[name])) for row in rows if row[name]]
-            axis.plot(*zip(*points, strict=True), label=label, linewidth=1, alpha=0.8)
+            axis.plot(*zip(*points, strict=True), label=name_of(setting), linewidth=1, alpha=0.8)
         axis.set(xlabel="environment steps", ylabel=name.removeprefix("charts/").replace("_", " "))
         axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small", ncols=2)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -56,12 +59,14 @@ def main(folders: list[str]):
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         for i in range(args["num_seeds"]):
             seed, sampled, greedy = args["seed"] + i, final["sampled"]["success"][i], final["greedy"]["success"][i]
-            setting = f"| {args['exp_name']} | {args['corridor_len']} | {args.get('gate_init', '-')} | {seed} "
-            curves[setting.strip("| ").replace(" |", ",")] = own = [row for row in rows if int(row["seed"]) == seed]
+            gates = args.get("gate_init", "-")
+            setting = args["exp_name"], f"corridor {args['corridor_len']}", f"{gates} gates", f"seed {seed}"
+            curves[setting] = own = [row for row in rows if int(row["seed"]) == seed]
             solved = solved_at(own)
             solved = solved if sampled >= 0.95 else None
             step, minutes = (f"{solved[0]:,}", f"{solved[1]:.1f}") if solved else ("not", "-")
-            print(f"{setting}| {step} | {minutes} | {sampled:.3f} | {greedy:.3f} |")
+            print(f"| {args['exp_name']} | {args['corridor_len']} | {gates} | {seed} ", end="")
+            print(f"| {step} | {minutes} | {sampled:.3f} | {greedy:.3f} |")
     draw(curves, Path(__file__).resolve().parents[1] / "docs" / "learning_curves.png")
 
 
