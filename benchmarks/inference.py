@@ -3,12 +3,12 @@
     python benchmarks/inference.py
 
 The context is GTrXL's --memory-len; the memories of the others have a size of their own and do not depend on it. Every
-agent has the published size. Acting is one step of a batch of environments, training the gradient of a loss over 256
-steps of 4 environments. Operations are counted in the traced program, peak memory is what the compiler reserves beyond
-inputs and outputs, state is what one environment carries. "GTrXL, cached" keeps keys and values while acting instead of
-layer inputs, which is the best that a window can do; it is checked to give the same outputs. Agents run in turn, so
-trust the ratios to GTrXL of the same length, and not the microseconds. Leaves docs/inference.csv and
-docs/inference.png.
+agent has the published size. Acting is a step of a batch of environments, one of 16 in a compiled loop as in a rollout;
+training is the gradient of a loss over 256 steps of 4 environments. Operations are counted in the traced program, peak
+memory is what the compiler reserves beyond inputs and outputs, state is what one environment carries. "GTrXL, cached"
+keeps keys and values while acting instead of layer inputs, which is the best that a window can do; it is checked to
+give the same outputs. Agents run in turn, so trust the ratios to GTrXL of the same length, and not the microseconds.
+Leaves docs/inference.csv and docs/inference.png.
 """
 
 import csv
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 LENGTHS, BATCHES, T, OBS = (32, 64, 128, 256, 512), (1, 16), 256, 16
+LOOP = 16  # acting steps that are timed together
 NAMES = {"agalite": "AGaLiTe", "galite": "GaLiTe", "lstm": "LSTM", "gru": "GRU", "gtrxl": "GTrXL"}
 
 
@@ -142,6 +143,19 @@ MOVES = {
 MOVES |= {"copy", "convert_element_type", "split", "rev", "dynamic_update_slice", "scatter-add", "expand_dims"}
 
 
+def looped(step):
+    """LOOP acting steps in one program, each handing its memory to the next -> the last one's memory, all outputs."""
+
+    def loop(params, obs, memory):
+        def body(memory, _):
+            logits, value, memory = step(params, obs, memory)
+            return memory, (logits, value)
+
+        return jax.lax.scan(body, memory, length=LOOP)
+
+    return loop
+
+
 def compile_(function, *arguments):
     """-> compiled, its floating-point operations, its peak memory in bytes."""
     compiled = jax.jit(function).lower(*arguments).compile()
@@ -156,6 +170,7 @@ def microseconds(cases: dict, budget: float) -> dict:
     start = time.perf_counter()
     while time.perf_counter() - start < budget or len(times[next(iter(times))]) < 5:
         for key, (compiled, arguments) in cases.items():
+            jax.block_until_ready(compiled(*arguments))  # the one before has left the caches to itself
             begin = time.perf_counter()
             jax.block_until_ready(compiled(*arguments))
             times[key].append(1e6 * (time.perf_counter() - begin))
@@ -175,14 +190,16 @@ def measure() -> list[dict]:
                     continue
                 if work == "acting":
                     step, params, memory = acting(name, B, length)
-                    arguments = params, jnp.ones((1, B, OBS)), memory
+                    step, arguments = looped(step), (params, jnp.ones((1, B, OBS)), memory)
                 else:
                     step, *arguments = training(name, length)
                 compiled, flops, peak = compile_(step, *arguments)
+                flops /= LOOP if work == "acting" else 1
                 cases[key] = compiled, arguments
                 state = sum(x.nbytes for x in jax.tree.leaves(arguments[-1])) / B
                 facts[key] = {"GFLOP": flops / 1e9, "state_kB": state / 1e3, "peak_MB": peak / 1e6}
         times = microseconds(cases, budget=20 if work == "acting" else 60)
+        times = {key: us / (LOOP if work == "acting" else 1) for key, us in times.items()}
         for length in LENGTHS:
             for name in names:
                 key = (name, length if "gtrxl" in name else None)
@@ -220,6 +237,7 @@ def draw(rows: list[dict], path: Path):
             axis.loglog([r["length"] for r in curve], [float(r[name]) for r in curve], "o-", label=label, markersize=3)
         axis.set(xlabel="context length", title=title)
         axis.set_xticks(LENGTHS, LENGTHS)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axis.legend(fontsize="x-small")
     figure.savefig(path, dpi=150)
