@@ -8,10 +8,11 @@ Reinforcement Learning", TMLR 2024 (arXiv 2310.15719), section 3. It is trained 
 rollouts.
 
 What to learn here: linear attention with a gate for each element of its matrix of memory, and how the derivative of
-such a recurrence is computed without storing a matrix for every step. To compare, `diff` with ppo_galite_tmaze.py:
+such a recurrence is computed without storing a matrix for every step. To compare, `diff` with ppo_agalite_tmaze.py:
 all but the memory and its settings is the same text.
 
-What to expect: see the table in README. It is the slowest of the five: its memory is d times larger than AGaLiTe's.
+What to expect: it learns a corridor of 8 (tests/test_learning.py); long ones have not been trained yet. It is the
+slowest of the five (benchmarks/inference.py), for it remembers a matrix of d x d x e numbers a head.
 
 Letters of the axes, time first throughout:
     T time steps   B environments   S seeds   D d_model   H heads   d d_head   e eta

@@ -9,9 +9,9 @@ et al. 2017) on whole rollouts.
 
 What to learn here: how attention over a sliding window goes through PPO correctly (the same window while acting and
 while learning, so that the ratio is 1 before the first step; resets by a mask), and how it is computed in blocks. To
-compare, `diff` with ppo_gtrxl_tmaze.py: all but the memory and its settings is the same text.
+compare, `diff` with ppo_agalite_tmaze.py: all but the memory and its settings is the same text.
 
-What to expect: see the table in README.
+What to expect: it learns a corridor of 8 (tests/test_learning.py); long ones have not been trained yet.
 
 Letters of the axes, time first throughout:
     T time steps   B environments   S seeds   D d_model   H heads   d d_head   M memory_len   L layers   C block length
@@ -261,7 +261,8 @@ def window_attention(q, k, v, content_bias, position_bias, positions, episode):
     q (T, B, H, d) of the steps; k, v (M + T, B, H, d) and episode (M + T, B), a number for each, of the M steps before
     them too; biases (H, d); positions (M + 1, H, d) of the distances 0 .. M. -> (T, B, H, d).
 
-    Queries go in N blocks of C steps, and a block reads the M + C keys in sight of any of its steps.
+    Queries go in N blocks of C steps, and a block reads the M + C keys in sight of any of its steps. C is the largest
+    divisor of T up to M: a prime T makes blocks of one step, which is slow.
     """
     T, M, d = len(q), len(positions) - 1, q.shape[-1]
     C = max(n for n in range(1, min(T, M) + 1) if T % n == 0)

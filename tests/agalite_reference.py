@@ -38,6 +38,24 @@ def outer(a, b):
     return (a[..., :, None] * b[..., None, :]).reshape(*a.shape[:2], -1)
 
 
+def heads(p, x, xp):
+    """-> logits (..., actions), value (...)"""
+    logits, value = (dense(p[n]["Dense_1"], xp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic"))
+    return logits, value[..., 0]
+
+
+def unroll(step, carry, T, xp):
+    """step(carry, i) -> carry, outputs, for i = 0 .. T - 1 -> outputs stacked, last carry."""
+    if xp is jnp:
+        carry, outputs = jax.lax.scan(step, carry, jnp.arange(T))
+        return outputs, carry
+    outputs = []
+    for i in range(T):
+        carry, output = step(carry, i)
+        outputs.append(output)
+    return tuple(np.stack(x) for x in zip(*outputs, strict=True)), carry
+
+
 def attention(p, u, t, state, sizes, xp):
     """u (B, D), t (B,) the time of this step, state K (r, B, H, ed), V (r, B, H, d), s (B, H, ed) -> (B, D), state."""
     H, d, e, r = sizes
@@ -83,16 +101,7 @@ def agent(params, obs, reset, t, states, sizes, num_layers, xp):
             z = relu(dense(layer["Dense_0"], layer_norm(layer["LayerNorm_1"], x)))
             x = gate(layer["GRUGate_1"], x, relu(dense(layer["Dense_1"], z)), xp)
             new_states.append(state)
-        heads = [dense(p[n]["Dense_1"], xp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic")]
-        return (t, tuple(new_states)), (heads[0], heads[1][:, 0])
+        return (t, tuple(new_states)), heads(p, x, xp)
 
-    reset, carry = xp.asarray(reset), (t, states)
-    if xp is jnp:
-        carry, outputs = jax.lax.scan(step, carry, jnp.arange(len(obs)))
-    else:
-        outputs = []
-        for i in range(len(obs)):
-            carry, output = step(carry, i)
-            outputs.append(output)
-        outputs = tuple(np.stack(x) for x in zip(*outputs, strict=True))
-    return outputs, carry
+    reset = xp.asarray(reset)
+    return unroll(step, (t, states), len(obs), xp)

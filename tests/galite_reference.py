@@ -4,10 +4,7 @@ Every step goes through all layers before the next one begins. The same text run
 on JAX (xp=jnp, a scan), which then gives derivatives of this text.
 """
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from agalite_reference import dense, gate, layer_norm, sigmoid
+from agalite_reference import dense, gate, heads, layer_norm, sigmoid, unroll
 
 
 def attention(p, u, state, sizes, xp):
@@ -55,16 +52,7 @@ def agent(params, obs, reset, states, sizes, xp):
             z = relu(dense(layer["Dense_0"], layer_norm(layer["LayerNorm_1"], x)))
             x = gate(layer["GRUGate_1"], x, relu(dense(layer["Dense_1"], z)), xp)
             new_states.append(state)
-        heads = [dense(p[n]["Dense_1"], xp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic")]
-        return tuple(new_states), (heads[0], heads[1][:, 0])
+        return tuple(new_states), heads(p, x, xp)
 
-    reset, states = xp.asarray(reset), tuple(states)
-    if xp is jnp:
-        states, outputs = jax.lax.scan(step, states, jnp.arange(len(obs)))
-    else:
-        outputs = []
-        for i in range(len(obs)):
-            states, output = step(states, i)
-            outputs.append(output)
-        outputs = tuple(np.stack(x) for x in zip(*outputs, strict=True))
-    return outputs, states
+    reset = xp.asarray(reset)
+    return unroll(step, tuple(states), len(obs), xp)

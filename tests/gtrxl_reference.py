@@ -5,7 +5,7 @@ runs on numpy (xp=np) and on JAX (xp=jnp), which then gives derivatives of this 
 """
 
 import numpy as np
-from agalite_reference import dense, gate, layer_norm
+from agalite_reference import dense, gate, heads, layer_norm
 
 
 def agent(params, obs, reset, inputs, visible, sizes, xp):
@@ -51,6 +51,5 @@ def agent(params, obs, reset, inputs, visible, sizes, xp):
         x = gate(layer["GRUGate_0"], x, relu(y), xp)
         z = relu(dense(layer["Dense_0"], layer_norm(layer["LayerNorm_0"], x)))
         x = gate(layer["GRUGate_1"], x, relu(dense(layer["Dense_1"], z)), xp)
-    heads = [dense(p[n]["Dense_1"], xp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic")]
     new_visible = (known & (begun == begun[-1]))[-M:].T
-    return (heads[0], heads[1][..., 0]), xp.moveaxis(xp.stack(new_inputs), 2, 0), new_visible
+    return heads(p, x, xp), xp.moveaxis(xp.stack(new_inputs), 2, 0), new_visible
