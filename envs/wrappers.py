@@ -1,7 +1,8 @@
 """Wrappers for environments with the interface of Craftax: `reset(key, params)`, `step(key, state, action, params)`.
 
-They stack in this order: `VectorEnv(AutoReset(EpisodeStatistics(env)), num_envs)`. All are pure functions of their
-arguments, so the whole stack is jitted, vmapped and sharded with the training loop.
+They stack in this order: `VectorEnv(AutoReset(EpisodeStatistics(env)), num_envs)`, or, where a reset is too costly for
+a step, `PooledReset(EpisodeStatistics(env), num_envs, pool_size)`. All are pure functions of their arguments, so the
+whole stack is jitted, vmapped and sharded with the training loop. That loop calls `refresh` once before each rollout.
 """
 
 from typing import Any, NamedTuple
@@ -46,6 +47,9 @@ class EpisodeStatistics(Wrapper):
         info = info | {"episodic_return": state.episodic_return, "episodic_length": state.episodic_length}
         return obs, state, reward, done, info
 
+    def observe(self, state, params):
+        return self.env.observe(state.env_state, params)
+
 
 class AutoReset(Wrapper):
     """Begins a new episode in the step that ends one: the observation returned with done is the first of the next."""
@@ -71,3 +75,62 @@ class VectorEnv(Wrapper):
     def step(self, key, state, action, params):
         keys = jax.random.split(key, self.num_envs)
         return jax.vmap(self.env.step, (0, 0, 0, None))(keys, state, action, params)
+
+    def refresh(self, key, state, params):
+        """-> state. Called once before each rollout: the place for what is too costly for a step. Here nothing is."""
+        return state
+
+
+class PooledResetState(NamedTuple):
+    env_state: Any  # (B, ...)
+    pool: Any  # (B, K, ...), first states of episodes, of each environment its own
+    used: jax.Array  # (B,) int32, how many of them have been
+
+
+class PooledReset(Wrapper):
+    """num_envs independent copies that begin new episodes from a pool of pool_size (K) first states each.
+
+    It takes the place of AutoReset and VectorEnv: AutoReset pays for a reset in every step of every environment. Here
+    `reset` and `refresh` draw all first states in one batch, and a step that ends an episode takes the next of its
+    environment. Where more than K episodes end between two calls of refresh, the pool is used again from its beginning,
+    so K should be about the number of episodes in a rollout.
+
+    The environment needs `observe(state, params) -> obs`: pools hold states and no observations, and these should be
+    small. Raises ValueError for a pool that cannot work.
+    """
+
+    def __init__(self, env, num_envs: int, pool_size: int):
+        if pool_size < 1:
+            raise ValueError(f"pool_size {pool_size}: each new episode needs a first state, so at least 1")
+        super().__init__(env)
+        self.num_envs, self.pool_size = num_envs, pool_size
+
+    def reset(self, key, params):
+        pool = self._draw_pool(key, params)
+        state = PooledResetState(jax.tree.map(lambda x: x[:, 0], pool), pool, jnp.ones(self.num_envs, jnp.int32))
+        return self._observe(state, params), state
+
+    def refresh(self, key, state, params):
+        """-> state with a new pool. Episodes go on where they are."""
+        return state._replace(pool=self._draw_pool(key, params), used=jnp.zeros_like(state.used))
+
+    def step(self, key, state, action, params):
+        keys = jax.random.split(key, self.num_envs)
+        # Under jit the observations that are made here and not used cost nothing.
+        _, env_state, reward, done, info = jax.vmap(self.env.step, (0, 0, 0, None))(
+            keys, state.env_state, action, params
+        )
+
+        def begin_anew(done, env_state, pool, used):
+            return jax.tree.map(lambda old, new: jnp.where(done, new[used % self.pool_size], old), env_state, pool)
+
+        env_state = jax.vmap(begin_anew)(done, env_state, state.pool, state.used)
+        state = PooledResetState(env_state, state.pool, state.used + done)
+        return self._observe(state, params), state, reward, done, info
+
+    def _draw_pool(self, key, params):
+        keys = jax.random.split(key, (self.num_envs, self.pool_size))
+        return jax.vmap(jax.vmap(self.env.reset, (0, None)), (0, None))(keys, params)[1]
+
+    def _observe(self, state, params):
+        return jax.vmap(self.env.observe, (0, None))(state.env_state, params)
