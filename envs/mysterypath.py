@@ -227,8 +227,6 @@ class MysteryPath:
             for slope in (-1, 1):
                 draw.line((x - 20, y - 20 * slope, x + 20, y + 20 * slope), BAD, 8)
 
-        view = Image.fromarray(np.asarray(self.observe(state, params)).swapaxes(0, 1))
-        image.paste(view.resize((336, 336), Image.Resampling.NEAREST), (416, top))
         text(416 + 168, 452, "what the agent sees", DIM, 23, "mm")
 
         # What the action leads to.
@@ -250,7 +248,11 @@ class MysteryPath:
                 draw.rectangle((964, y - 12, 964 + 188 * float(p), y + 12), colour)
                 text(1240, y, f"{float(p):.0%}", colour, 24, "rm")
             text(1058, 452, "policy", DIM, 23, "mm")
-        return image.resize((640, 240), Image.Resampling.LANCZOS)
+
+        image = image.resize((640, 240), Image.Resampling.LANCZOS)
+        view = Image.fromarray(np.asarray(self.observe(state, params)).swapaxes(0, 1))
+        image.paste(view.resize((168, 168), Image.Resampling.NEAREST), (208, 44))  # with every pixel as it is
+        return image
 
 
 class Draws(NamedTuple):

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import quick_jit
 from tmaze_reference import RIGHT, Reference
 
+from envs.mysterypath import MysteryPath
 from envs.tmaze import EnvParams, TMaze
-from envs.wrappers import AutoReset, EpisodeStatistics, VectorEnv
+from envs.wrappers import AutoReset, EpisodeStatistics, PooledReset, VectorEnv
 
 
 class ToyState(NamedTuple):
@@ -24,7 +26,7 @@ class Toy:
 
     def reset(self, key, params):
         state = ToyState(jax.random.bits(key), {"time": jnp.zeros((), jnp.int32)})
-        return self._observation(state), state
+        return self.observe(state, params), state
 
     def step(self, key, state, action, params):
         time = state.clock["time"] + 1
@@ -32,9 +34,9 @@ class Toy:
         info = {"tag": state.tag, "noise": jax.random.bits(key), "action": action}
         reward = 10.0 ** (time - 1)
         state = ToyState(state.tag, {"time": time})
-        return self._observation(state), state, reward, done, info
+        return self.observe(state, params), state, reward, done, info
 
-    def _observation(self, state):
+    def observe(self, state, params):
         return {"tag": state.tag, "time": state.clock["time"]}
 
 
@@ -185,3 +187,113 @@ def test_wrappers_pass_on_what_they_do_not_change():
         assert wrapped.action_space(wrapped.default_params) == env.action_space(env.default_params)
         with pytest.raises(AttributeError, match="no_such_name"):
             wrapped.no_such_name  # noqa: B018
+
+
+def test_vector_env_has_nothing_to_refresh():
+    env = VectorEnv(AutoReset(EpisodeStatistics(Toy())), 3)
+    _, state = env.reset(jax.random.key(8), None)
+    assert env.refresh(jax.random.key(9), state, None) is state
+
+
+# PooledReset.
+
+
+def pooled(num_envs: int = 5, pool_size: int = 3):
+    return PooledReset(EpisodeStatistics(Toy()), num_envs, pool_size)
+
+
+@partial(quick_jit, static_argnums=0)
+def pooled_steps(env, key, state, noise):
+    """noise: (T,), only its length counts -> last state, then obs, state, reward, done, info, each (T, B, ...)."""
+
+    def step(state, key):
+        obs, state, reward, done, info = env.step(key, state, jnp.zeros(env.num_envs), None)
+        return state, (obs, state, reward, done, info)
+
+    return jax.lax.scan(step, state, jax.random.split(key, len(noise)))
+
+
+def episodes_of(tags, done) -> list[list[int]]:
+    """tags of the episodes that steps belong to, and done, (T, B) -> for each environment the episodes it finished."""
+    return [[int(tag) for tag in tags[done[:, i], i]] for i in range(tags.shape[1])]
+
+
+def test_pool_is_used_in_order_and_again_from_its_beginning():
+    env = pooled()
+    obs, first = quick_jit(env.reset)(jax.random.key(10), None)
+    pool = np.asarray(first.pool.env_state.tag)  # (5, 3)
+    assert len(np.unique(pool)) == 15  # each environment has its own, and every draw is new
+    np.testing.assert_array_equal(obs["tag"], pool[:, 0])
+    _, (obs, state, reward, done, info) = pooled_steps(env, jax.random.key(11), first, np.zeros(60))
+    obs, done, info = jax.tree.map(np.asarray, (obs, done, info))
+    for i, tags in enumerate(episodes_of(info["tag"], done)):
+        assert len(tags) > 6
+        assert tags == [pool[i, k % 3] for k in range(len(tags))]
+    np.testing.assert_array_equal(state.used, 1 + np.cumsum(done, axis=0))
+    # What is returned with done is the first picture of the next episode, and every step's is that of its state.
+    assert not obs["time"][done].any() and obs["time"][~done].all()
+    np.testing.assert_array_equal(obs["tag"], state.env_state.env_state.tag)
+    np.testing.assert_array_equal(obs["time"], state.env_state.env_state.clock["time"])
+
+
+def test_pooled_statistics_are_those_of_auto_reset():
+    """They begin anew with each episode, and reward, done and info are of the step that was made."""
+    env = pooled()
+    _, first = env.reset(jax.random.key(12), None)
+    _, (_, state, reward, done, info) = pooled_steps(env, jax.random.key(13), first, np.zeros(60))
+    lengths = np.asarray(info["tag"] % 4 + 1)
+    np.testing.assert_array_equal(info["episodic_length"][done], lengths[done])
+    np.testing.assert_allclose(info["episodic_return"][done], [float("1" * n) for n in lengths[done]])
+    np.testing.assert_allclose(reward, 10.0 ** (info["episodic_length"] - 1), rtol=1e-6)
+    np.testing.assert_array_equal(done, info["episodic_length"] == lengths)
+    statistics = state.env_state
+    assert not statistics.episodic_return[done].any() and not statistics.episodic_length[done].any()
+    assert statistics.episodic_length[~done].all()
+    assert len(np.unique(info["noise"])) == done.size  # each step of each environment has a key of its own
+
+
+def test_refresh_draws_a_new_pool_and_leaves_episodes_alone():
+    env = pooled()
+    _, first = env.reset(jax.random.key(14), None)
+    before, _ = pooled_steps(env, jax.random.key(15), first, np.zeros(6))
+    after = quick_jit(env.refresh)(jax.random.key(16), before, None)
+    assert_trees_equal(after.env_state, before.env_state)
+    assert not after.used.any()
+    pools = [np.asarray(state.pool.env_state.tag) for state in (before, after)]
+    assert len(np.unique(pools)) == 30
+    other = env.refresh(jax.random.key(17), before, None).pool.env_state.tag
+    assert not np.isin(other, pools).any()
+
+    _, (_, _, _, done, info) = pooled_steps(env, jax.random.key(18), after, np.zeros(12))
+    for i, tags in enumerate(episodes_of(np.asarray(info["tag"]), np.asarray(done))):
+        running = int(before.env_state.env_state.tag[i])
+        assert tags == [running, *(pools[1][i, k % 3] for k in range(len(tags) - 1))]
+
+
+def test_pooled_state_has_the_environments_as_leading_axis():
+    """So that it can be sharded over devices."""
+    env = pooled(num_envs=5, pool_size=3)
+    _, state = env.reset(jax.random.key(19), None)
+    assert all(x.shape[0] == 5 for x in jax.tree.leaves(state))
+    assert all(x.shape[1] == 3 for x in jax.tree.leaves(state.pool))
+
+
+def test_pool_sizes_that_cannot_work():
+    with pytest.raises(ValueError, match="^pool_size 0: each new episode needs a first state, so at least 1$"):
+        pooled(pool_size=0)
+
+
+def test_mystery_path_in_a_pool():
+    """The whole stack: what it shows is the picture of its state, and each episode has the path that was pooled."""
+    env = PooledReset(EpisodeStatistics(MysteryPath()), 3, 2)
+    params = env.default_params._replace(max_episode_steps=4)
+    reset, step = quick_jit(env.reset), quick_jit(env.step)
+    obs, state = reset(jax.random.key(20), params)
+    for t in range(12):
+        obs, state, _, done, info = step(jax.random.key(t), state, jnp.full(3, t % 4), params)
+        assert done.all() == (t % 4 == 3) and (info["truncated"] == done).all()
+        assert (info["episodic_length"] == t % 4 + 1).all()
+        episode = state.env_state.env_state
+        route = jax.tree.map(lambda x: x[:, (t + 1) // 4 % 2], state.pool.env_state.route)  # noqa: B023
+        assert_trees_equal(episode.route, route)
+        np.testing.assert_array_equal(obs, jax.vmap(env.unwrapped.observe, (0, None))(episode, params))
