@@ -32,9 +32,8 @@ ROTATION = np.array([0, 0, 4, 2, 1, 3, 6, 7, 5])  # by action 3 h + v; action 0 
 # grid leads to the tile itself.
 X, Y = np.divmod(np.arange(TILES), SIDE)
 ON_BORDER = (X % (SIDE - 1) == 0) | (Y % (SIDE - 1) == 0)
-NEIGHBOURS = np.stack(
-    [SIDE * np.clip(X + dx, 0, 6) + np.clip(Y + dy, 0, 6) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1))], axis=1
-)
+within = lambda coordinate: np.clip(coordinate, 0, SIDE - 1)
+NEIGHBOURS = SIDE * within(X[:, None] + [1, -1, 0, 0]) + within(Y[:, None] + [0, 0, 1, -1])  # (49, 4)
 DISTANCE = np.hypot(X[:, None] - X, Y[:, None] - Y).astype(np.float32)  # (49, 49)
 
 # The agent without and with the red cross, by rotation, (2, 8, 15, 15, 3) with its center at (8, 8), as recorded by
@@ -124,7 +123,7 @@ class MysteryPath:
 
     def reset(self, key: jax.Array, params: EnvParams) -> tuple[jax.Array, EnvState]:
         """-> first observation (84, 84, 3), state. Finding a path costs as much as many steps: see PooledReset."""
-        state = self.begin(find_path(draw(key)))
+        state = self.begin(find_path(sample_draws(key)))
         return self.observe(state, params), state
 
     def begin(self, route: Route) -> EnvState:
@@ -153,13 +152,8 @@ class MysteryPath:
 
         state = EnvState(route, met, position, rotation, ~on_path, state.time + 1)
         truncated = ~success & (state.time >= params.max_episode_steps)
-        return (
-            self.observe(state, params),
-            state,
-            reward,
-            success | truncated,
-            dict(success=success, truncated=truncated),
-        )
+        info = {"success": success, "truncated": truncated}
+        return self.observe(state, params), state, reward, success | truncated, info
 
     def _move(self, state: EnvState, action: jax.Array) -> tuple[jax.Array, jax.Array]:
         """-> position and rotation after an action on the path. A move over the edge of the picture stops there."""
@@ -266,7 +260,7 @@ class Draws(NamedTuple):
     noise: jax.Array  # (84,) int32 in [1, 9): costs of the steps in the order in which the search looks at them
 
 
-def draw(key: jax.Array) -> Draws:
+def sample_draws(key: jax.Array) -> Draws:
     keys = jax.random.split(key, 6)
     return Draws(
         origin=jax.random.randint(keys[0], (), 0, 4),
@@ -279,7 +273,7 @@ def draw(key: jax.Array) -> Draws:
 
 
 def build_walls(draws: Draws, start: jax.Array, goal: jax.Array) -> jax.Array:
-    """-> (49,) bool. Walls on the border are put only where they leave a way round, so a path always exists."""
+    """-> (49,) bool. No wall of the border stands beside an inner one, so there is always a way round it."""
     inner = jnp.zeros((SIDE, SIDE), bool).at[1:5, 1:5].set((draws.walls < 33).reshape(4, 4))
     # Memory Gym leaves out the border's tiles beside a wall, also diagonally, and the ends with the tiles beside them.
     padded = jnp.pad(inner, 1)

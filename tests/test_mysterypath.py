@@ -12,7 +12,7 @@ import pytest
 from common import quick_jit
 
 from envs import mysterypath
-from envs.mysterypath import ENVIRONMENTS, FORWARD, NOOP, TURN_RIGHT, Draws, MysteryPath, Route, draw, find_path
+from envs.mysterypath import ENVIRONMENTS, FORWARD, NOOP, TURN_RIGHT, Draws, MysteryPath, Route, find_path, sample_draws
 
 IDS = list(ENVIRONMENTS)
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -139,7 +139,7 @@ NUM_PATHS = 10_000
 
 @cache
 def drawn_paths() -> tuple[Draws, Route]:
-    draws = quick_jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), NUM_PATHS))
+    draws = quick_jit(jax.vmap(sample_draws))(jax.random.split(jax.random.key(0), NUM_PATHS))
     return jax.tree.map(np.asarray, (draws, find_paths(draws)))
 
 
