@@ -10,6 +10,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from cli import BATCH, checkpoint, finish, finished, folder_of, lasting, rows, run, start, steps, wait_for_row
 from common import FIRST, SCRIPTS, assert_identical, data, load, quick_jit
@@ -99,13 +100,16 @@ def garble(step):
 
 
 def flip(step):
-    """One bit of a parameter, wherever its bytes stand in a file: nothing but the checksum can tell."""
-    params = checkpoint(step.parents[1], int(step.name))["runner"]["learner"]["params"]
-    files = {path: path.read_bytes() for path in step.rglob("d/*")}
-    needles = [x.tobytes()[:16] for x in jax.tree.leaves(params)]  # small arrays stand there uncompressed
-    needle = next(x for x in needles if len(set(x)) > 8 and any(x in whole for whole in files.values()))
-    for path, whole in files.items():
-        path.write_bytes(whole.replace(needle, bytes([needle[0] ^ 1]) + needle[1:]))
+    """One bit of a parameter in a file that is valid otherwise: nothing but the checksum can tell."""
+    path = (step / "default").absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(path)
+        leaves, structure = jax.tree.flatten(tree["runner"]["learner"]["params"])
+        bits = np.array(leaves[0]).view(np.int32)
+        bits.flat[0] ^= 1
+        leaves[0] = bits.view(np.float32)
+        tree["runner"]["learner"]["params"] = jax.tree.unflatten(structure, leaves)
+        checkpointer.save(path, tree, force=True)
 
 
 DAMAGES = [truncate, delete, empty, garble, flip]
