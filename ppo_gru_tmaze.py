@@ -72,7 +72,8 @@ class Args:
     num_seeds: int = 1
     """how many seeds to train at once: seed, seed + 1, ..."""
     total_timesteps: WholeNumber = 1_000_000
-    """environment steps per seed (1e6 is understood; published: 5e6)"""
+    """environment steps per seed (1e6 is understood)
+    published: 5e6"""
     checkpoint_interval: int = 20
     """updates between two checkpoints"""
     resume: str = ""
@@ -115,11 +116,13 @@ class Args:
     """value of every state at first; near that of walking for ever, -0.1 / (1 - gamma) = -10 (published: 0)"""
 
     num_envs: int = 32
-    """environments B stepped together (published: 8)"""
+    """environments B stepped together
+    published: 8"""
     num_steps: int = 512
     """steps T of a rollout, also the length of backpropagation through time"""
     learning_rate: float = 2e-3
-    """step size of Adam (published, for A2C: 1e-4; GTrXL and GRU 5e-4)"""
+    """step size of Adam
+    published, for A2C: 1e-4; GTrXL and GRU 5e-4"""
     anneal_lr: bool = False
     """decrease the learning rate linearly, update by update, towards 0 after the last"""
     adam_eps: float = 1e-8
@@ -133,9 +136,11 @@ class Args:
     num_minibatches: int = 8
     """minibatches in an epoch, each of whole rollouts of num_envs / num_minibatches environments"""
     update_epochs: int = 2
-    """passes over each rollout (published: 1)"""
+    """passes over each rollout
+    published: 1"""
     cautious_entropy: float = 0.75
-    """while actions have more entropy (nats), one pass only, at half the learning rate (published: as with 2, never)"""
+    """while actions have more entropy (nats), one pass only, at half the learning rate
+    published: never, as with 2"""
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
     clip_coef: float = 0.2
@@ -143,7 +148,8 @@ class Args:
     clip_vloss: bool = False
     """clip the value loss too, with the same coefficient"""
     ent_coef: float = 0.01
-    """weight of the entropy bonus (published, for A2C: 0.001; GTrXL of 128 steps and GRU 0.01)"""
+    """weight of the entropy bonus
+    published, for A2C: 0.001; GTrXL of 128 steps and GRU 0.01"""
     vf_coef: float = 0.05
     """weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -303,7 +309,7 @@ class RunnerState(NamedTuple):
 
     learner: Learner
     env_state: Any
-    obs: jax.Array  # (B, n), the next to act on
+    obs: jax.Array  # (B, ...), the next to act on
     reset: jax.Array  # (B,) bool, obs is the first of an episode
     memory: Any
     noise: jax.Array  # (B, actions), on the logits of this episode
@@ -333,6 +339,8 @@ def log_prob_of(logits: jax.Array, action: jax.Array) -> jax.Array:
 def rollout(args: Args, env, agent: nn.Module, runner: RunnerState, key: jax.Array):
     """Acts for T steps -> runner after them, transitions (T, B), infos (T, B), value of the observation then (B,)."""
     params = runner.learner.params
+    refresh_key = jax.random.fold_in(key, args.num_steps)
+    runner = runner._replace(env_state=env.refresh(refresh_key, runner.env_state, env.default_params))
 
     def step(runner, key):
         noise_key, act_key, env_key = jax.random.split(key, 3)
