@@ -25,12 +25,17 @@ TMAZE = (
     "--num-minibatches 2 --update-epochs 1 --eval-episodes 20 "
 )
 LAYERS = "--num-layers 1 --d-model 16 --d-head 8 --num-heads 1 "
+PICTURES = (
+    "--d-actor 16 --d-critic 16 --num-envs 4 --num-steps 16 --num-minibatches 2 --update-epochs 1 --eval-episodes 20 "
+)
 SMALL_FLAGS = {
     "ppo_agalite_tmaze": TMAZE + LAYERS + "--d-ffc 16 --eta 2 --r 1",
     "ppo_galite_tmaze": TMAZE + LAYERS + "--d-ffc 16 --eta 2",
     "ppo_gtrxl_tmaze": TMAZE + LAYERS + "--memory-len 6",
     "ppo_lstm_tmaze": TMAZE + "--hidden-size 16",
     "ppo_gru_tmaze": TMAZE + "--hidden-size 16",
+    "ppo_agalite_mysterypath": PICTURES + LAYERS + "--d-ffc 16 --eta 2 --r 1",
+    "ppo_gtrxl_mysterypath": PICTURES + LAYERS + "--memory-len 6",
 }
 BATCH = 4 * 16  # environment steps of an update with these flags
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SCRIPTS = ["ppo_agalite_tmaze", "ppo_galite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_gru_tmaze"]
+TMAZE = ["ppo_agalite_tmaze", "ppo_galite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_gru_tmaze"]
+MYSTERYPATH = ["ppo_agalite_mysterypath", "ppo_gtrxl_mysterypath"]
+SCRIPTS = TMAZE + MYSTERYPATH
 FIRST = SCRIPTS[:1]  # for tests of what is the same text in all of them (tests/test_sync.py) and knows no model
 
 # Small and all different, so that no two axes can be taken for each other. A script takes the fields it has.
@@ -56,8 +58,10 @@ tiny_args = functools.partial(small_args, sizes=TINY)
 
 
 def build(script, args):
-    """-> env, agent, optimizer, as main makes them."""
+    """-> env, agent, optimizer, as main makes them; but where no flag sets the time limit, it is that of SMALL."""
     env = script.make_env(args, args.num_envs)
+    if not hasattr(args, "max_episode_steps"):
+        env.unwrapped.default_params = env.default_params._replace(max_episode_steps=SMALL["max_episode_steps"])
     agent = script.ActorCritic(args, env.action_space(env.default_params).n)
     return env, agent, script.make_optimizer(args)
 
@@ -66,6 +70,22 @@ def bind(script, args):
     """-> init(key), update(runner), not jitted."""
     parts = build(script, args)
     return functools.partial(script.init, args, *parts), functools.partial(script.update, args, *parts)
+
+
+def stagger(runner):
+    """The same runner with its environments at different times of their episodes, so that these end everywhere."""
+
+    def shift(path, x):
+        return jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) % 5 if getattr(path[-1], "name", "") == "time" else x
+
+    return runner._replace(env_state=jax.tree_util.tree_map_with_path(shift, runner.env_state))
+
+
+def random_observations(env, seed: int, shape: tuple[int, ...]):
+    """Random numbers of the scale of an observation, (*shape, ...) float32."""
+    space = env.observation_space(env.default_params)
+    scale = 1.0 if space.dtype == np.float32 else 25.0  # a tenth of what a byte holds, see random_params
+    return np.float32(scale * np.random.default_rng(seed).normal(size=(*shape, *space.shape)))
 
 
 def random_params(params, seed: int = 0):
@@ -79,6 +99,8 @@ def random_params(params, seed: int = 0):
         noise = rng.normal(size=x.shape)
         if x.ndim >= 2:
             noise *= 1.6 / np.sqrt(x.shape[-2])  # kernels are (..., in, out)
+            if "['encoder']['Dense_0']" in jax.tree_util.keystr(path):
+                noise *= 10  # pictures are mostly black
         else:
             noise = 0.5 * noise + (path[-1].key == "scale")  # a bias, or the scale of a LayerNorm
         return jnp.asarray(noise, x.dtype)

@@ -67,7 +67,7 @@ def main(name: str):
             "shards": list(runner.obs.addressable_shards[0].data.shape[:2]),
             "expected shards": shards,
             "bytes of parameters": sum(x[0].size * 4 for x in jax.tree.leaves(params)),
-            "bytes of a minibatch": 4 * args(1).batch_size // 2 * runner.obs.shape[-1],
+            "bytes of a minibatch": runner.obs[0, 0].nbytes * args(1).batch_size // 2,
             "collectives": collectives(compiled.as_text()),
         })  # fmt: skip
     print(json.dumps(results))

@@ -78,12 +78,6 @@ def test_several_seeds_have_rows_each(script, tmp_path):
 
 # Flags, and what the one sentence must name: the value, and the rule or the way out.
 REFUSED_BY_ALL = [
-    ("--corridor-len 1", "--corridor-len 1", "at least 2"),
-    ("--corridor-len 300", "--corridor-len 300", "8-bit Gray code, so at most 256"),
-    ("--corridor-len -5", "--corridor-len -5", "at least 2"),
-    ("--corridor-len abc", "--corridor-len", "abc"),
-    ("--corridor-len 20 --max-episode-steps 19", "--max-episode-steps 19", "at least 20"),
-    ("--num-distractors -1", "--num-distractors -1", "at least 0"),
     ("--num-envs 8 --num-minibatches 3", "--num-envs 8", "not divisible by --num-minibatches 3"),
     ("--num-envs 0", "--num-envs 0", "at least 1"),
     ("--num-seeds 0", "--num-seeds 0", "at least 1"),
@@ -95,7 +89,6 @@ REFUSED_BY_ALL = [
     ("--learning-rate inf", "--learning-rate inf", "finite"),
     ("--learning-rate -1", "--learning-rate -1", "at least 0"),
     ("--learning-rate 0", "--learning-rate 0", "above 0"),
-    ("--critic-bias nan", "--critic-bias nan", "finite"),
     ("--logit-noise -1", "--logit-noise -1", "at least 0"),
     ("--cautious-entropy -1", "--cautious-entropy -1", "at least 0"),
     ("--critic-lambda 1.5", "--critic-lambda 1.5", "at most 1"),
@@ -109,6 +102,19 @@ REFUSED_BY_ALL = [
     ("--resume nowhere", "nowhere", "not the folder of a run"),
     ("--evaluate nowhere", "nowhere", "not the folder of a run"),
 ]
+TMAZE = [
+    ("--corridor-len 1", "--corridor-len 1", "at least 2"),
+    ("--corridor-len 300", "--corridor-len 300", "8-bit Gray code, so at most 256"),
+    ("--corridor-len -5", "--corridor-len -5", "at least 2"),
+    ("--corridor-len abc", "--corridor-len", "abc"),
+    ("--corridor-len 20 --max-episode-steps 19", "--max-episode-steps 19", "at least 20"),
+    ("--num-distractors -1", "--num-distractors -1", "at least 0"),
+    ("--critic-bias nan", "--critic-bias nan", "finite"),
+]
+MYSTERYPATH = [
+    ("--env-id MysteryPath-v9", "--env-id MysteryPath-v9", "MysteryPath-Grid-Easy-v0"),
+    ("--corridor-len 20", "--corridor-len", "nrecognized"),
+]
 CHRONO = [
     ("--gate-init foo", "foo", "chrono"),
     ("--chrono-t-max 1", "--chrono-t-max 1", "above 1"),
@@ -116,14 +122,19 @@ CHRONO = [
 LAYERS = [
     ("--num-layers 0", "--num-layers 0", "at least 1"),
 ]
+WINDOW = [
+    ("--memory-len 0", "--memory-len 0", "at least 1"),
+    ("--d-model 7", "--d-model 7", "even"),
+]
 REFUSED = {
-    "ppo_agalite_tmaze": [*REFUSED_BY_ALL, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
-    "ppo_galite_tmaze": [*REFUSED_BY_ALL, *CHRONO, *LAYERS, ("--eta 0", "--eta 0", "at least 1")],
-    "ppo_gtrxl_tmaze": [*REFUSED_BY_ALL, *LAYERS, ("--memory-len 0", "--memory-len 0", "at least 1"),
-                        ("--d-model 7", "--d-model 7", "even")],
-    "ppo_lstm_tmaze": [*REFUSED_BY_ALL, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
-    "ppo_gru_tmaze": [*REFUSED_BY_ALL, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
-}  # fmt: skip
+    "ppo_agalite_tmaze": [*TMAZE, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
+    "ppo_galite_tmaze": [*TMAZE, *CHRONO, *LAYERS, ("--eta 0", "--eta 0", "at least 1")],
+    "ppo_gtrxl_tmaze": [*TMAZE, *LAYERS, *WINDOW],
+    "ppo_lstm_tmaze": [*TMAZE, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
+    "ppo_gru_tmaze": [*TMAZE, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
+    "ppo_agalite_mysterypath": [*MYSTERYPATH, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
+    "ppo_gtrxl_mysterypath": [*MYSTERYPATH, *LAYERS, *WINDOW],
+}
 
 
 def refusal(script: str, argv: list[str], capsys) -> str:
@@ -136,7 +147,9 @@ def refusal(script: str, argv: list[str], capsys) -> str:
     return " ".join(said.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("script, flags, value, rule", [(s, *case) for s in SCRIPTS for case in REFUSED[s]])
+@pytest.mark.parametrize(
+    "script, flags, value, rule", [(s, *case) for s in SCRIPTS for case in REFUSED_BY_ALL + REFUSED[s]]
+)
 def test_impossible_arguments_are_refused(script, flags, value, rule, capsys):
     """An argument that cannot work is refused with its value and the rule."""
     said = refusal(script, flags.split(), capsys)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from common import SCRIPTS, assert_close, build, load, quick_jit, random_params, small_args
+from common import SCRIPTS, assert_close, build, load, quick_jit, random_observations, random_params, small_args
 
 T, B = 50, 3
 RESETS = np.zeros((T, B), bool)
@@ -19,9 +19,8 @@ class Case:
         script = load(name)
         args = small_args(script)
         env, agent, _ = build(script, args)
-        rng = np.random.default_rng(0)
-        shape = env.observation_space(env.default_params).shape
-        earlier, self.obs = np.float32(rng.normal(size=(2, T, B, *shape)))
+        earlier, self.obs = random_observations(env, 0, (2, T, B))
+        self.other_obs = random_observations(env, 1, (T, B))
         blank = agent.initial_memory(B)
         params = jax.eval_shape(agent.init, jax.random.key(0), self.obs, RESETS, blank)
         self.params, apply = random_params(params), quick_jit(agent.apply)
@@ -73,9 +72,8 @@ def test_the_past_is_remembered_until_a_reset(case):
 
     # Other observations up to a reset change what comes before it and nothing after it.
     obs = case.obs.copy()
-    obs[:17, 0] = rng.normal(size=obs[:17, 0].shape)
-    obs[:37, 1] = rng.normal(size=obs[:37, 1].shape)
-    obs[:1, 2] = rng.normal(size=obs[:1, 2].shape)
+    for b, end in enumerate((17, 37, 1)):
+        obs[:end, b] = case.other_obs[:end, b]
     logits, value, _ = case.apply(obs, RESETS, case.memory)
     for b, reset in ((0, 17), (1, 37)):
         assert np.abs(logits[:reset, b] - case.logits[:reset, b]).max() > 1e-2

@@ -28,6 +28,7 @@ from common import (
     quick_jit,
     random_params,
     small_args,
+    stagger,
     tiny_args,
 )
 
@@ -51,7 +52,7 @@ class Played:
             jax.random.key(1)
         )
         self.params = random_params(runner.learner.params)
-        runner = runner._replace(learner=runner.learner._replace(params=self.params))
+        runner = stagger(runner._replace(learner=runner.learner._replace(params=self.params)))
         # Compiled as in a real run: rounding in acting and in learning is what this compares.
         rollout = jax.jit(functools.partial(script.rollout, self.args, self.env, self.agent))
         runner, *_ = rollout(runner, jax.random.key(2))

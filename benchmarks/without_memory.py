@@ -1,0 +1,31 @@
+"""Runs a script with its agent's memory taken away, to compare with: every step is told to be the first of an episode.
+
+    python benchmarks/without_memory.py ppo_agalite_mysterypath.py --total-timesteps 5e5
+
+Everything else is the script's: network, learning, flags, and the run's folder, in whose name "without_memory" stands.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def main(path: str, *flags: str) -> None:
+    script = importlib.import_module(Path(path).stem)
+
+    class Forgetful(script.ActorCritic):
+        def __call__(self, obs, reset, memory):
+            return super().__call__(obs, jnp.ones_like(reset), memory)
+
+    script.ActorCritic = Forgetful
+    script.main(script.parse_args([f"--exp-name={script.Args.exp_name}_without_memory", *flags]))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).name.startswith("ppo_"):
+        raise SystemExit(f"usage: {sys.argv[0]} ppo_<model>_<env>.py [its flags]")
+    main(*sys.argv[1:])
