@@ -15,7 +15,7 @@ from envs.wrappers import AutoReset, EpisodeStatistics, VectorEnv
 SHORT = {
     "corridor_len": 8, "max_episode_steps": 50, "d_actor": 32, "d_critic": 32, "num_envs": 16, "num_steps": 64,
     "num_minibatches": 4, "ent_coef": 0.03, "total_timesteps": 65_536, "critic_bias": 0.0, "logit_noise": 0.0,
-    "cautious_entropy": 2.0, "update_epochs": 4, "learning_rate": 1e-3,
+    "cautious_entropy": 2.0, "update_epochs": 4, "learning_rate": 1e-3, "norm_adv": True, "vf_coef": 0.05,
 }  # fmt: skip
 LAYERS = {"num_layers": 1, "d_model": 32, "d_head": 16, "num_heads": 2}
 SETTINGS = {
@@ -26,8 +26,8 @@ SETTINGS = {
     "ppo_gru_tmaze": SHORT | {"hidden_size": 32, "chrono_t_max": 30.0},
 }
 PICTURES = {
-    "d_actor": 32, "d_critic": 32, "num_envs": 32, "num_steps": 16, "num_minibatches": 4, "update_epochs": 2,
-    "learning_rate": 2e-3, "ent_coef": 0.01, "total_timesteps": 8192,
+    "d_actor": 32, "d_critic": 32, "num_envs": 32, "num_steps": 16, "num_minibatches": 4, "update_epochs": 6,
+    "learning_rate": 1e-3, "ent_coef": 0.01, "norm_adv": False, "total_timesteps": 16_384,
 }  # fmt: skip
 SETTINGS |= {
     "ppo_agalite_mysterypath": PICTURES | LAYERS | {"d_ffc": 32, "eta": 2},
