@@ -366,7 +366,8 @@ def patches(x, size: int, stride: int):
 class ConvEncoder(nn.Module):
     """Pictures (T, B, 84, 84, 3) of 0 .. 255 -> (T, B, 3136), by the three convolutions of Mnih et al. 2015.
 
-    They are written as products of matrices: on a CPU XLA's own convolutions are ten times slower, gradients included.
+    They are written as products of matrices: in a loop on a CPU, as here, the gradients of XLA's own convolutions take
+    about twenty times as long (benchmarks/encoder.py).
     """
 
     @nn.compact

@@ -1,0 +1,50 @@
+"""What agents that see pictures add: the encoder's convolutions, and pictures that stay bytes until they reach it."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from common import MYSTERYPATH, build, load, quick_jit, small_args
+
+
+@pytest.fixture(params=MYSTERYPATH)
+def script(request):
+    return load(request.param)
+
+
+@pytest.mark.parametrize("size, stride", [(8, 4), (4, 2), (3, 1)])
+def test_patches_times_a_kernel_is_a_convolution(script, size, stride):
+    """patches(x) @ kernel is Flax's convolution without padding, for the sizes the encoder uses."""
+    x = np.float32(np.random.default_rng(0).normal(size=(2, 3, 20, 16, 5)))
+    conv = nn.Conv(7, (size, size), stride, padding="VALID", use_bias=False)
+    params = conv.init(jax.random.key(0), x)
+    n = size // stride
+    kernel = params["params"]["kernel"].reshape(n, stride, n, stride, 5, 7).swapaxes(1, 2).reshape(-1, 7)
+    np.testing.assert_allclose(script.patches(x, size, stride) @ kernel, conv.apply(params, x), atol=1e-5)
+
+
+def test_encoder_scales_pictures_and_has_the_published_sizes(script):
+    """0 .. 255 becomes 0 .. 1 before the first product; kernels are those of Mnih et al., 8x8x3x32 and so on."""
+    obs = np.random.default_rng(0).integers(0, 256, (2, 1, 84, 84, 3), np.uint8)
+    encoder = script.ConvEncoder()
+    params = jax.eval_shape(encoder.init, jax.random.key(0), obs)["params"]
+    shapes = [params[f"Dense_{i}"]["kernel"].shape for i in range(3)]
+    assert shapes == [(8 * 8 * 3, 32), (4 * 4 * 32, 64), (3 * 3 * 64, 64)]
+    params = quick_jit(encoder.init)(jax.random.key(0), obs)
+    features = quick_jit(encoder.apply)(params, obs)
+    assert features.shape == (2, 1, 7 * 7 * 64)
+    kernels = [params["params"][f"Dense_{i}"]["kernel"] for i in range(3)]
+    x = np.float32(obs) / 255
+    for kernel, (size, stride) in zip(kernels, ((8, 4), (4, 2), (3, 1)), strict=True):
+        x = nn.relu(script.patches(x, size, stride) @ kernel)  # biases are 0 at first
+    np.testing.assert_allclose(features.ravel(), x.ravel(), atol=1e-4)
+
+
+def test_a_rollout_keeps_bytes(script):
+    """The observations of a rollout are stored as bytes, a quarter of what floats would take."""
+    args = small_args(script)
+    env, agent, optimizer = build(script, args)
+    runner = jax.eval_shape(lambda key: script.init(args, env, agent, optimizer, key), jax.random.key(0))
+    rollout = lambda runner, key: script.rollout(args, env, agent, runner, key)
+    _, transitions, _, _ = jax.eval_shape(rollout, runner, jax.random.key(1))
+    assert transitions.obs.dtype == np.uint8 and transitions.obs.shape == (16, 8, 84, 84, 3)
