@@ -14,14 +14,19 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
-def main(path: str, *flags: str) -> None:
-    script = importlib.import_module(Path(path).stem)
+def forgetful(agent: type) -> type:
+    """The same agent, told at every step that an episode begins."""
 
-    class Forgetful(script.ActorCritic):
+    class Forgetful(agent):
         def __call__(self, obs, reset, memory):
             return super().__call__(obs, jnp.ones_like(reset), memory)
 
-    script.ActorCritic = Forgetful
+    return Forgetful
+
+
+def main(path: str, *flags: str) -> None:
+    script = importlib.import_module(Path(path).stem)
+    script.ActorCritic = forgetful(script.ActorCritic)
     script.main(script.parse_args([f"--exp-name={script.Args.exp_name}_without_memory", *flags]))
 
 
