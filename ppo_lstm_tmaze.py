@@ -340,8 +340,8 @@ def log_prob_of(logits: jax.Array, action: jax.Array) -> jax.Array:
 def rollout(args: Args, env, agent: nn.Module, runner: RunnerState, key: jax.Array):
     """Acts for T steps -> runner after them, transitions (T, B), infos (T, B), value of the observation then (B,)."""
     params = runner.learner.params
-    refresh_key = jax.random.fold_in(key, args.num_steps)
-    runner = runner._replace(env_state=env.refresh(refresh_key, runner.env_state, env.default_params))
+    keys = jax.random.split(key, args.num_steps + 1)
+    runner = runner._replace(env_state=env.refresh(keys[-1], runner.env_state, env.default_params))
 
     def step(runner, key):
         noise_key, act_key, env_key = jax.random.split(key, 3)
@@ -355,7 +355,7 @@ def rollout(args: Args, env, agent: nn.Module, runner: RunnerState, key: jax.Arr
         transition = Transition(runner.obs, runner.reset, noise, action, log_prob, value, reward, done)
         return RunnerState(runner.learner, env_state, obs, done, memory, noise), (transition, info | {"done": done})
 
-    runner, (transitions, infos) = jax.lax.scan(step, runner, jax.random.split(key, args.num_steps))
+    runner, (transitions, infos) = jax.lax.scan(step, runner, keys[:-1])
     _, last_value, _ = agent.apply(params, runner.obs[None], runner.reset[None], runner.memory)
     return runner, transitions, infos, last_value[0]
 

@@ -3,6 +3,7 @@
     python benchmarks/without_memory.py ppo_agalite_mysterypath.py --total-timesteps 5e5
 
 Everything else is the script's: network, learning, flags, and the run's folder, in whose name "without_memory" stands.
+Resume and evaluate such a run through this file too: the script alone would give the agent its memory back.
 """
 
 import importlib
@@ -26,6 +27,7 @@ def forgetful(agent: type) -> type:
 
 def main(path: str, *flags: str) -> None:
     script = importlib.import_module(Path(path).stem)
+    sys.argv[0] += f" {path}"  # what the script prints as the way to resume
     script.ActorCritic = forgetful(script.ActorCritic)
     script.main(script.parse_args([f"--exp-name={script.Args.exp_name}_without_memory", *flags]))
 

@@ -84,16 +84,16 @@ class VectorEnv(Wrapper):
 class PooledResetState(NamedTuple):
     env_state: Any  # (B, ...)
     pool: Any  # (B, K, ...), first states of episodes, of each environment its own
-    used: jax.Array  # (B,) int32, how many of them have been
+    used: jax.Array  # (B,) int32, how many of them have been taken; counts on past K
 
 
 class PooledReset(Wrapper):
-    """num_envs independent copies that begin new episodes from a pool of pool_size (K) first states each.
+    """num_envs copies, each of which begins its episodes from a pool of pool_size (K) first states of its own.
 
     It takes the place of AutoReset and VectorEnv: AutoReset pays for a reset in every step of every environment. Here
     `reset` and `refresh` draw all first states in one batch, and a step that ends an episode takes the next of its
     environment. Where more than K episodes end between two calls of refresh, the pool is used again from its beginning,
-    so K should be about the number of episodes in a rollout.
+    so K should be the most that do, or first states repeat. An evaluation of one episode each needs no refresh.
 
     The environment needs `observe(state, params) -> obs`: pools hold states and no observations, and these should be
     small. Raises ValueError for a pool that cannot work.

@@ -9,7 +9,7 @@ import pytest
 from common import MYSTERYPATH, TMAZE, load
 from gymnasium import spaces
 
-from envs.wrappers import AutoReset, EpisodeStatistics, VectorEnv
+from envs.wrappers import EpisodeStatistics, PooledReset
 
 # What finds the junction of a long corridor and walks there is out of place in a short one.
 SHORT = {
@@ -36,7 +36,7 @@ SETTINGS |= {
 
 
 class CuePictures:
-    """In place of Mystery Path, which takes hours, with smaller pictures: red or green at first, then black twice,
+    """In place of Mystery Path, which takes days, with smaller pictures: red or green at first, then black twice,
     then white, when the action must be 0 after red and 1 after green."""
 
     default_params = None
@@ -44,20 +44,26 @@ class CuePictures:
     def action_space(self, params):
         return spaces.Discrete(4)
 
-    def observe(self, state):
+    def observe(self, state, params):
         cue, time = state
         colour = (jnp.arange(3) == cue) & (time == 0) | (time == 3)
         return jnp.broadcast_to(255 * colour.astype(jnp.uint8), (36, 36, 3))
 
     def reset(self, key, params):
         state = jax.random.randint(key, (), 0, 2), jnp.int32(0)
-        return self.observe(state), state
+        return self.observe(state, params), state
 
     def step(self, key, state, action, params):
         cue, time = state
         done, success = time == 3, (time == 3) & (action == cue)
         state = cue, time + 1
-        return self.observe(state), state, 1.0 * success, done, {"success": success, "truncated": jnp.bool_(False)}
+        return (
+            self.observe(state, params),
+            state,
+            1.0 * success,
+            done,
+            {"success": success, "truncated": jnp.bool_(False)},
+        )
 
 
 @pytest.fixture
@@ -65,7 +71,7 @@ def task(request, monkeypatch):
     """-> script, its small arguments; with pictures its environment is replaced."""
     script = load(request.param)
     if request.param in MYSTERYPATH:
-        cues = lambda args, num_envs: VectorEnv(AutoReset(EpisodeStatistics(CuePictures())), num_envs)
+        cues = lambda args, num_envs: PooledReset(EpisodeStatistics(CuePictures()), num_envs, pool_size=4)
         monkeypatch.setattr(script, "make_env", cues)
     return script, script.Args(**SETTINGS[request.param])
 

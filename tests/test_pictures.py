@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from common import MYSTERYPATH, build, load, quick_jit, small_args
+from common import MYSTERYPATH, build, count_parameters, load, quick_jit, small_args
 
 
 @pytest.fixture(params=MYSTERYPATH)
@@ -48,3 +48,12 @@ def test_a_rollout_keeps_bytes(script):
     rollout = lambda runner, key: script.rollout(args, env, agent, runner, key)
     _, transitions, _, _ = jax.eval_shape(rollout, runner, jax.random.key(1))
     assert transitions.obs.dtype == np.uint8 and transitions.obs.shape == (16, 8, 84, 84, 3)
+
+
+def test_parameters_of_the_published_agents(script):
+    """At the default sizes, which are the published ones."""
+    args = script.Args(num_envs=8, num_minibatches=1)
+    assert (
+        count_parameters(script, args)
+        == {"ppo_agalite_mysterypath": 2_283_237, "ppo_gtrxl_mysterypath": 2_126_885}[script.__name__]
+    )

@@ -46,7 +46,10 @@ class Played:
 
     def __init__(self, script):
         # 48 steps are three chunks of 16 and longer than a window of 5; episodes of 4 to 7 steps end everywhere.
-        self.script, self.args = script, small_args(script, num_steps=48, num_envs=32, total_timesteps=10**4)
+        self.script, self.args = (
+            script,
+            small_args(script, num_steps=48, num_envs=32, total_timesteps=10**4, logit_noise=0.7),
+        )
         self.env, self.agent, optimizer = build(script, self.args)
         runner = quick_jit(functools.partial(script.init, self.args, self.env, self.agent, optimizer))(
             jax.random.key(1)
@@ -285,10 +288,12 @@ class UniformAgent:
 
 
 class KeyLog:
-    """An environment that notes the key and the actions of every step in its state, and otherwise passes on."""
+    """An environment that keeps the key and the actions of every step in its state, hands the key of every refresh to
+    `note`, and otherwise passes on."""
 
-    def __init__(self, env, steps: int):
-        self.env, self.steps, self.num_envs, self.default_params = env, steps, env.num_envs, env.default_params
+    def __init__(self, env, steps: int, note):
+        self.env, self.steps, self.note = env, steps, note
+        self.num_envs, self.default_params = env.num_envs, env.default_params
         self.action_space = env.action_space
 
     def reset(self, key, params):
@@ -302,12 +307,19 @@ class KeyLog:
         log = time + 1, keys.at[time].set(jax.random.key_data(key)), actions.at[time].set(action)
         return obs, (state, *log), reward, done, info
 
+    def refresh(self, key, state, params):
+        self.note(key)
+        return self.env.refresh(key, state[0], params), *state[1:]
+
 
 def test_noise_differs_from_update_to_update(script, monkeypatch):
     """Over three updates no key is used twice, and no two steps see the same sampling noise."""
     args, updates = small_args(script, num_envs=32, logit_noise=0.0), 3
     env, _, optimizer = build(script, args)
-    env, agent, keys = KeyLog(env, updates * args.num_steps), UniformAgent(), {}
+    agent, keys, refresh_keys = UniformAgent(), {}, []
+    append = lambda words: refresh_keys.append(np.asarray(words))
+    note_refresh = lambda key: jax.debug.callback(append, jax.random.key_data(key))
+    env = KeyLog(env, updates * args.num_steps, note_refresh)
 
     def note(name, update, key):
         def write(update, words):
@@ -337,8 +349,9 @@ def test_noise_differs_from_update_to_update(script, monkeypatch):
     jax.effects_barrier()
     _, time, env_keys, actions = runner.env_state
     assert time == updates * args.num_steps and len(keys) == 1 + 3 * updates + 1
-    everything = np.concatenate([np.stack(list(keys.values())), env_keys])
-    assert len(np.unique(everything, axis=0)) == len(everything) == len(keys) + updates * args.num_steps
+    assert len(refresh_keys) == updates
+    everything = np.concatenate([np.stack([*keys.values(), *refresh_keys]), env_keys])
+    assert len(np.unique(everything, axis=0)) == len(everything) == len(keys) + updates * (1 + args.num_steps)
 
     # 32 actions out of four: chance makes two equal steps with probability 4^-32.
     assert len(np.unique(actions, axis=0)) == len(actions)
