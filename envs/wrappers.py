@@ -1,8 +1,13 @@
 """Wrappers for environments with the interface of Craftax: `reset(key, params)`, `step(key, state, action, params)`.
 
-They stack in this order: `VectorEnv(AutoReset(EpisodeStatistics(env)), num_envs)`, or, where a reset is too costly for
-a step, `PooledReset(EpisodeStatistics(env), num_envs, pool_size)`. All are pure functions of their arguments, so the
-whole stack is jitted, vmapped and sharded with the training loop. That loop calls `refresh` once before each rollout.
+They stack in one of three ways, by what a reset costs:
+
+    VectorEnv(AutoReset(EpisodeStatistics(env)), num_envs)            a first state for each environment in each step
+    OptimisticReset(EpisodeStatistics(env), num_envs, reset_ratio)    one for every reset_ratio of them
+    PooledReset(EpisodeStatistics(env), num_envs, pool_size)          none in steps: they are drawn between rollouts
+
+All are pure functions of their arguments, so the whole stack is jitted, vmapped and sharded with the training loop.
+That loop calls `refresh` once before each rollout.
 """
 
 from typing import Any, NamedTuple
@@ -79,6 +84,36 @@ class VectorEnv(Wrapper):
     def refresh(self, key, state, params):
         """-> state. Called once before each rollout: the place for what is too costly for a step. Here nothing is."""
         return state
+
+
+class OptimisticReset(VectorEnv):
+    """In place of VectorEnv(AutoReset(env), num_envs) where a reset is dear: fewer of them than environments.
+
+    AutoReset makes a new episode for every environment in every step, and throws nearly all away. Here each step makes
+    num_envs / reset_ratio, and the environments that finish share them out (Matthews et al. 2024): each gets one of its
+    own as long as there are enough. If more finish, some begin in the same state, and part as their steps' keys differ.
+
+    Raises ValueError if reset_ratio does not divide num_envs.
+    """
+
+    def __init__(self, env, num_envs: int, reset_ratio: int):
+        if reset_ratio < 1 or num_envs % reset_ratio:
+            raise ValueError(f"num_envs {num_envs}: not divisible by {reset_ratio}, the environments per fresh start")
+        super().__init__(env, num_envs)
+        self.num_fresh = num_envs // reset_ratio
+
+    def step(self, key, state, action, params):
+        step_key, reset_key = jax.random.split(key)
+        step_keys = jax.random.split(step_key, self.num_envs)
+        obs, state, reward, done, info = jax.vmap(self.env.step, (0, 0, 0, None))(step_keys, state, action, params)
+        fresh = jax.vmap(self.env.reset, (0, None))(jax.random.split(reset_key, self.num_fresh), params)
+
+        def begin_anew(done, i, current):
+            return jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, current)
+
+        turn = (jnp.cumsum(done) - 1) % self.num_fresh  # (B,), counts those that finish
+        obs, state = jax.vmap(begin_anew)(done, turn, (obs, state))
+        return obs, state, reward, done, info
 
 
 class PooledResetState(NamedTuple):

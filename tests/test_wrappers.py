@@ -13,7 +13,7 @@ from tmaze_reference import RIGHT, Reference
 
 from envs.mysterypath import MysteryPath
 from envs.tmaze import EnvParams, TMaze
-from envs.wrappers import AutoReset, EpisodeStatistics, PooledReset, VectorEnv
+from envs.wrappers import AutoReset, EpisodeStatistics, OptimisticReset, PooledReset, VectorEnv
 
 
 class ToyState(NamedTuple):
@@ -189,8 +189,8 @@ def test_wrappers_pass_on_what_they_do_not_change():
             wrapped.no_such_name  # noqa: B018
 
 
-def test_vector_env_has_nothing_to_refresh():
-    env = VectorEnv(AutoReset(EpisodeStatistics(Toy())), 3)
+@pytest.mark.parametrize("env", [VectorEnv(AutoReset(Toy()), 3), OptimisticReset(Toy(), 3, 3)])
+def test_without_a_pool_there_is_nothing_to_refresh(env):
     _, state = env.reset(jax.random.key(8), None)
     assert env.refresh(jax.random.key(9), state, None) is state
 
@@ -297,3 +297,56 @@ def test_mystery_path_in_a_pool():
         route = jax.tree.map(lambda x: x[:, (t + 1) // 4 % 2], state.pool.env_state.route)  # noqa: B023
         assert_trees_equal(episode.route, route)
         np.testing.assert_array_equal(obs, jax.vmap(env.unwrapped.observe, (0, None))(episode, params))
+
+
+# OptimisticReset.
+
+
+@pytest.mark.parametrize("num_envs, reset_ratio", [(12, 1), (12, 3), (12, 12), (1, 1)])
+def test_optimistic_reset(num_envs, reset_ratio):
+    """Each environment that ends gets a fresh start, and one of its own as long as there are enough."""
+    env = OptimisticReset(EpisodeStatistics(Toy()), num_envs, reset_ratio)
+    assert (env.num_envs, env.num_fresh) == (num_envs, num_envs // reset_ratio)
+    out = rollout(env, None, jax.random.key(8), np.tile(np.arange(num_envs), (100, 1)))
+    first_obs, obs, state, reward, done, info = jax.tree.map(np.asarray, out)
+    assert len(set(first_obs["tag"])) == num_envs
+    tag, time, surplus, drawn = first_obs["tag"], first_obs["time"], set(), list(first_obs["tag"])
+    for t in range(100):
+        # The step is that of the episode that was running,
+        np.testing.assert_array_equal(info["tag"][t], tag)
+        np.testing.assert_array_equal(info["action"][t], np.arange(num_envs))
+        np.testing.assert_array_equal(reward[t], 10.0**time)
+        np.testing.assert_array_equal(done[t], time + 1 > tag % 4)
+        np.testing.assert_array_equal(info["episodic_length"][t], time + 1)
+        # which goes on, or is followed by a new one, in observation and state alike.
+        time = np.where(done[t], 0, time + 1)
+        np.testing.assert_array_equal(obs["tag"][t][~done[t]], tag[~done[t]])
+        tag = obs["tag"][t]
+        for found, expected in ((obs["time"], time), (state.env_state.tag, tag), (state.episodic_length, time)):
+            np.testing.assert_array_equal(found[t], expected)
+        new, shared_by = np.unique(tag[done[t]], return_counts=True)
+        assert len(new) == min(done[t].sum(), env.num_fresh)
+        if len(new):
+            assert shared_by.max() == -(-done[t].sum() // env.num_fresh)
+        surplus.add(np.sign(int(done[t].sum()) - env.num_fresh))
+        drawn.extend(new)
+    assert len(set(drawn)) == len(drawn) > 20 // reset_ratio  # new ones in every step
+    # Or the loop has seen less than it should: fewer ends than fresh starts, as many, and more.
+    assert reset_ratio != 3 or surplus == {-1, 0, 1}
+    assert all(len(set(noise)) == num_envs for noise in info["noise"])  # each steps by a key of its own
+    assert not np.isin(drawn, info["noise"]).any()  # and starts draw from other keys than steps
+
+
+def test_optimistic_reset_is_a_vector_env():
+    env = OptimisticReset(EpisodeStatistics(TMaze(9, 3)), 6, 2)
+    for wrapped in (env, pickle.loads(pickle.dumps(env))):
+        assert (wrapped.num_envs, wrapped.num_distractors, wrapped.default_params) == (6, 3, (9, 1000))
+        assert wrapped.unwrapped is wrapped.env.env
+    _, state = jax.eval_shape(env.reset, jax.random.key(0), env.default_params)
+    assert {x.shape[0] for x in jax.tree.leaves(state)} == {6}
+
+
+@pytest.mark.parametrize("num_envs, reset_ratio", [(10, 4), (4, 16), (4, 0)])
+def test_optimistic_reset_of_sizes_that_cannot_work(num_envs, reset_ratio):
+    with pytest.raises(ValueError, match=f"^num_envs {num_envs}: not divisible by {reset_ratio}, "):
+        OptimisticReset(TMaze(), num_envs, reset_ratio)
