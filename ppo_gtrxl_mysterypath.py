@@ -95,7 +95,8 @@ class Args:
     """this is one of several processes that train together, see README"""
 
     env_id: str = "MysteryPath-Grid-Easy-v0"
-    """MysteryPath-Grid-Easy-v0, or MysteryPath-Easy-v0 with free movement
+    """the environment
+    MysteryPath-Grid-Easy-v0, or MysteryPath-Easy-v0 with free movement
     without Easy start and goal are out of sight, and on the grid progress pays nothing"""
 
     num_layers: int = 4
@@ -584,18 +585,20 @@ def update(args: Args, env, agent: nn.Module, optimizer, runner: RunnerState) ->
         "losses/param_norm": optax.tree.norm(params),
         "charts/episodic_return": over_ended(infos["episodic_return"]),
         "charts/episodic_length": over_ended(infos["episodic_length"]),
-        "charts/success_rate": over_ended(infos["success"]),
         "charts/episodes": ended.sum(),
     }
+    metrics |= {name: over_ended(infos[entry]) for name, entry in env.outcomes.items()}
     return runner._replace(learner=Learner(params, opt_state, key, learner.update + 1)), metrics
 
 
 def evaluate(args: Args, env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dict[str, jax.Array]:
-    """One fresh episode in each of env.num_envs environments, each to its own end -> return, length, success (E,)."""
+    """One fresh episode in each of env.num_envs environments, each to its own end -> return, length, outcomes (E,)."""
     key, reset_key = jax.random.split(key)
     obs, env_state = env.reset(reset_key, env.default_params)
     nobody = jnp.zeros(env.num_envs, bool)
-    result = {"episodic_return": nobody * 0.0, "episodic_length": nobody * 0, "success": nobody}
+    info = jax.eval_shape(lambda: env.step(key, env_state, nobody * 0, env.default_params)[-1])
+    entries = ("episodic_return", "episodic_length", *env.outcomes.values())
+    result = {entry: jnp.zeros_like(info[entry]) for entry in entries}
 
     def step(carry):
         key, env_state, obs, reset, memory, finished, result = carry
@@ -698,6 +701,12 @@ def cut_metrics(path: Path, columns: list[str], last: int) -> None:
     path.with_suffix(".new").replace(path)  # at every moment one of them is whole
 
 
+def headline(columns) -> dict[str, str]:
+    """What to show of a run at a glance, by its short name: the return, and success or score, whichever there is."""
+    shown = {"return": "charts/episodic_return", "success": "charts/success_rate", "score": "charts/score"}
+    return {name: column for name, column in shown.items() if column in columns}
+
+
 def interval(values) -> str:
     """Mean and half of its 95% interval, in the normal approximation."""
     values = np.asarray(values, float)
@@ -770,7 +779,7 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
             if tracker:
                 prefix = (lambda row: f"seed_{row['seed']}/") if args.num_seeds > 1 else (lambda row: "")
                 tracker.log({prefix(row) + name: value for row in rows for name, value in row.items()} | row)
-            shown = {"return": metrics["charts/episodic_return"], "success": metrics["charts/success_rate"]}
+            shown = {name: metrics[column] for name, column in headline(columns).items()}
             if np.isfinite(shown["return"]).all():
                 bar.set_postfix({name: interval(value) for name, value in shown.items()}, refresh=False)
             bar.update(args.batch_size)
@@ -787,10 +796,11 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
 
 
 def plot_learning_curve(folder: Path) -> None:
-    """Return and success over environment steps, a line a seed."""
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    """Return, and success or score, over environment steps, a line a seed."""
+    reader = csv.DictReader((folder / "metrics.csv").open())
+    rows, names = list(reader), headline(reader.fieldnames).values()
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), ("charts/episodic_return", "charts/success_rate"), strict=True):
+    for axis, name in zip(figure.subplots(1, 2), names, strict=True):
         for seed in dict.fromkeys(row["seed"] for row in rows):
             curve = [(int(row["global_step"]), float(row[name])) for row in rows if row["seed"] == seed and row[name]]
             axis.plot(*np.array(curve).reshape(-1, 2).T, label=f"seed {seed}", alpha=0.8)
@@ -801,13 +811,13 @@ def plot_learning_curve(folder: Path) -> None:
 
 
 def record_video(args: Args, agent: nn.Module, params, key: jax.Array, path: Path) -> None:
-    """Plays one episode with sampled actions and draws it as an animated picture."""
+    """Plays one episode, of a long one 1000 steps, with sampled actions and draws it as an animated picture."""
     env = make_env(args, 1).unwrapped
     apply, step = jax.jit(agent.apply), jax.jit(env.step)
     key, reset_key = jax.random.split(key)
     obs, state = env.reset(reset_key, env.default_params)
     memory, done, frames = agent.initial_memory(1), True, []
-    while not (frames and done):
+    while not (frames and done) and len(frames) < 1000:
         key, act_key, env_key = jax.random.split(key, 3)
         logits, _, memory = apply(params, obs[None, None], jnp.array([[done]]), memory)
         action, before = jax.random.categorical(act_key, logits[0, 0]), state
@@ -829,8 +839,9 @@ def report(args: Args, agent: nn.Module, runner: RunnerState, folder: Path, repl
         episodes = f"{args.eval_episodes} episodes" + (
             f" of each of {args.num_seeds} seeds" if args.num_seeds > 1 else ""
         )
-        shown = ", ".join(f"{name.removeprefix('episodic_')} {interval(value)}" for name, value in result.items())
-        print(f"evaluation with {kind} actions, {episodes}: {shown}")
+        # What has a / in its name is one of many, like Craftax's achievements: for the file alone.
+        shown = [f"{name.removeprefix('episodic_')} {interval(x)}" for name, x in result.items() if "/" not in name]
+        print(f"evaluation with {kind} actions, {episodes}: {', '.join(shown)}")
     if jax.process_index() > 0:
         return
     (folder / "evaluation.json").write_text(json.dumps(results, indent=2))

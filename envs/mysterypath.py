@@ -109,6 +109,8 @@ class MysteryPath:
     Raises ValueError for an unknown env_id.
     """
 
+    outcomes = {"charts/success_rate": "success"}  # metric: the entry of info, averaged over episodes that ended
+
     def __init__(self, env_id: str = "MysteryPath-Grid-Easy-v0"):
         if env_id not in ENVIRONMENTS:
             raise ValueError(f"env_id {env_id}: not known, choose one of {', '.join(ENVIRONMENTS)}")

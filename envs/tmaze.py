@@ -45,6 +45,8 @@ class TMaze:
     Raises ValueError for sizes that cannot work.
     """
 
+    outcomes = {"charts/success_rate": "success"}  # metric: the entry of info, averaged over episodes that ended
+
     def __init__(self, corridor_len: int = 160, num_distractors: int = 6, max_episode_steps: int = 1000):
         if corridor_len < 2:
             raise ValueError(f"corridor_len {corridor_len}: the cue would be in sight at the junction, so at least 2")
