@@ -16,6 +16,8 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image, ImageDraw, ImageFont
 
+from envs.wrappers import EpisodeStatistics
+
 # The colours of render, and the side of one square of the world on the package's drawing.
 INK, DIM, FLOOR, CHOSEN = "#2b2f36", "#8d949e", "#e1e5eb", "#3267a8"
 SQUARE = 16
@@ -87,8 +89,7 @@ class Craftax:
     Actions: 43, of Classic 17, in the order of `action_names`. Unlocking an achievement pays its reward, once an
     episode (1 to 8, of Classic 1), and each point of health lost or gained counts 0.1.
 
-    An episode ends by death, by victory over the last boss, or at params.max_timesteps (100000, of Classic 10000). The
-    literature's score is the episodic return as a share of max_return.
+    An episode ends by death, by victory over the last boss, or at params.max_timesteps (100000, of Classic 10000).
 
     Raises ValueError for an unknown env_id.
     """
@@ -187,6 +188,27 @@ class Craftax:
                 draw.rectangle((left + 150, y - 7, left + 150 + 60 * float(probabilities[i]), y + 7), colour)
                 text(right, y, f"{probabilities[i]:.0%}", colour, "rm")
         return image
+
+
+class CraftaxStatistics(EpisodeStatistics):
+    """Around Craftax: info gets the finished episode's outcomes too, each under a name of its own.
+
+    They are "score", the literature's: the return in percent of the sum of all rewards for achievements; and
+    "achievements/collect_wood" and so on, whether the episode unlocked it.
+    """
+
+    @property
+    def outcomes(self) -> dict[str, str]:
+        """metric: the entry of info, averaged over episodes that ended"""
+        entries = [f"achievements/{name}" for name in self.achievements]
+        return {"charts/score": "score"} | dict(zip(entries, entries, strict=True))
+
+    def step(self, key, state, action, params):
+        obs, state, reward, done, info = super().step(key, state, action, params)
+        info["score"] = 100 * info["episodic_return"] / self.max_return
+        unlocked = zip(self.achievements, info["achievements"], strict=True)
+        info |= {f"achievements/{name}": x for name, x in unlocked}
+        return obs, state, reward, done, info
 
 
 @functools.cache
