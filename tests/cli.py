@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from common import data, quick_compiler_options
+from common import CRAFTAX, data, quick_compiler_options
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -28,6 +28,7 @@ LAYERS = "--num-layers 1 --d-model 16 --d-head 8 --num-heads 1 "
 PICTURES = (
     "--d-actor 16 --d-critic 16 --num-envs 4 --num-steps 16 --num-minibatches 2 --update-epochs 1 --eval-episodes 20 "
 )
+SYMBOLS = PICTURES + "--env-id Craftax-Classic-Symbolic-v1 --optimistic-reset-ratio 2 --d-encoder 16 "
 SMALL_FLAGS = {
     "ppo_agalite_tmaze": TMAZE + LAYERS + "--d-ffc 16 --eta 2 --r 1",
     "ppo_galite_tmaze": TMAZE + LAYERS + "--d-ffc 16 --eta 2",
@@ -36,6 +37,8 @@ SMALL_FLAGS = {
     "ppo_gru_tmaze": TMAZE + "--hidden-size 16",
     "ppo_agalite_mysterypath": PICTURES + LAYERS + "--d-ffc 16 --eta 2 --r 1",
     "ppo_gtrxl_mysterypath": PICTURES + LAYERS + "--memory-len 6",
+    "ppo_agalite_craftax": SYMBOLS + LAYERS + "--d-ffc 16 --eta 2 --r 1",
+    "ppo_gtrxl_craftax": SYMBOLS + LAYERS + "--memory-len 6",
 }
 BATCH = 4 * 16  # environment steps of an update with these flags
 
@@ -49,10 +52,13 @@ ENVIRONMENT = dict(
 )  # fmt: skip
 
 
-def start(script: str, *flags, cwd: Path, small: bool = True, **options) -> subprocess.Popen:
-    """Starts `python script.py flags` in cwd."""
+def start(script: str, *flags, cwd: Path, small: bool = True, stand_in: bool = True, **options) -> subprocess.Popen:
+    """Starts `python script.py flags` in cwd; of Craftax with the stand-in for the game, unless told otherwise."""
     small_flags = SMALL_FLAGS[script].split() if small else []
-    command = [sys.executable, str(REPOSITORY / f"{script}.py"), *small_flags, *map(str, flags)]
+    program = [REPOSITORY / f"{script}.py"]
+    if script in CRAFTAX and stand_in:
+        program = [REPOSITORY / "tests" / "with_stand_in.py", script]
+    command = [sys.executable, *map(str, program), *small_flags, *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, **({"env": ENVIRONMENT} | pipes | options))
 

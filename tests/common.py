@@ -1,31 +1,39 @@
 """What the tests of all scripts share: which scripts there are, small arguments, random parameters, float64 tools."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
+from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gymnasium import spaces
+from PIL import Image
+
+from envs.craftax import GAMES, pack
 
 TMAZE = ["ppo_agalite_tmaze", "ppo_galite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_gru_tmaze"]
 MYSTERYPATH = ["ppo_agalite_mysterypath", "ppo_gtrxl_mysterypath"]
-SCRIPTS = TMAZE + MYSTERYPATH
+CRAFTAX = ["ppo_agalite_craftax", "ppo_gtrxl_craftax"]
+SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX
 FIRST = SCRIPTS[:1]  # for tests of what is the same text in all of them (tests/test_sync.py) and knows no model
 
 # Small and all different, so that no two axes can be taken for each other. A script takes the fields it has.
 SMALL = {
     "corridor_len": 2, "num_distractors": 3, "max_episode_steps": 7,
     "num_layers": 2, "d_model": 12, "d_head": 5, "d_ffc": 10, "num_heads": 2, "eta": 3, "r": 4, "memory_len": 5,
-    "hidden_size": 11,
-    "d_actor": 9, "d_critic": 11,
+    "hidden_size": 11, "optimistic_reset_ratio": 4,
+    "d_encoder": 13, "d_actor": 9, "d_critic": 11,
     "num_envs": 8, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 1280,
-    "cautious_entropy": 2.0,
+    "cautious_entropy": 2.0, "logit_noise": 0.7,
 }  # fmt: skip
 # For tests of what surrounds the model: quick to compile.
 TINY = SMALL | {
     "num_layers": 1, "d_model": 6, "d_head": 3, "d_ffc": 6, "num_heads": 1, "eta": 2, "r": 2, "d_actor": 4,
-    "d_critic": 4,
+    "d_critic": 4, "d_encoder": 3,
 }  # fmt: skip
 
 
@@ -57,9 +65,67 @@ def small_args(script, sizes=SMALL, **changes):
 tiny_args = functools.partial(small_args, sizes=TINY)
 
 
+CLASSIC = GAMES["Craftax-Classic-Symbolic-v1"]
+
+
+def noise_observation(key, shape=()):
+    """Of the kind that Craftax Classic has, (*shape, 254) uint8: symbols that are there or not, and numbers."""
+    keys = jax.random.split(key)
+    symbols = jax.random.bernoulli(keys[0], 0.1, (*shape, CLASSIC.num_bits)).astype(jnp.float32)
+    return pack(jnp.concatenate([symbols, jax.random.normal(keys[1], (*shape, CLASSIC.num_numbers))], axis=-1))
+
+
+class StandInParams(NamedTuple):
+    max_episode_steps: int
+
+
+class StandInState(NamedTuple):
+    time: jax.Array  # () int32
+    achievements: jax.Array  # (2,) bool
+
+
+class CraftaxStandIn:
+    """In place of Craftax Classic, which takes long to compile: observations are noise, an action may unlock one of two
+    achievements, and episodes end by chance or at the time limit."""
+
+    achievements = ("collect_wood", "eat_cow")
+    max_return = 2.0
+
+    def __init__(self, env_id: str):
+        self.default_params = StandInParams(40)
+
+    def action_space(self, params):
+        return spaces.Discrete(4)
+
+    def observation_space(self, params):
+        return spaces.Box(0, 255, (CLASSIC.packed_size,), np.uint8)
+
+    def reset(self, key, params):
+        return noise_observation(key), StandInState(jnp.zeros((), jnp.int32), jnp.zeros(2, bool))
+
+    def step(self, key, state, action, params):
+        obs_key, end_key = jax.random.split(key)
+        new = (jnp.arange(2) == action) & ~state.achievements
+        state = StandInState(state.time + 1, state.achievements | new)
+        dead = jax.random.bernoulli(end_key, 0.03)
+        truncated = ~dead & (state.time >= params.max_episode_steps)
+        info = {"truncated": truncated, "achievements": state.achievements}
+        return noise_observation(obs_key), state, new.sum().astype(jnp.float32), dead | truncated, info
+
+    def render(self, state, params, action, probabilities, reward):
+        return Image.new("RGB", (8, 8), (5 * int(state.time), 0, 0))
+
+
+def make_env(script, args, num_envs: int):
+    """The script's environment; of Craftax all but the game itself."""
+    stand_in = mock.patch.object(script, "Craftax", CraftaxStandIn) if hasattr(script, "Craftax") else None
+    with stand_in or contextlib.nullcontext():
+        return script.make_env(args, num_envs)
+
+
 def build(script, args):
     """-> env, agent, optimizer, as main makes them; but where no flag sets the time limit, it is that of SMALL."""
-    env = script.make_env(args, args.num_envs)
+    env = make_env(script, args, args.num_envs)
     if not hasattr(args, "max_episode_steps"):
         env.unwrapped.default_params = env.default_params._replace(max_episode_steps=SMALL["max_episode_steps"])
     agent = script.ActorCritic(args, env.action_space(env.default_params).n)
@@ -82,7 +148,9 @@ def stagger(runner):
 
 
 def random_observations(env, seed: int, shape: tuple[int, ...]):
-    """Random numbers of the scale of an observation, (*shape, ...) float32."""
+    """Random numbers of the scale of an observation, (*shape, ...) float32, or of Craftax packed ones."""
+    if isinstance(env.unwrapped, CraftaxStandIn):
+        return np.array(noise_observation(jax.random.key(seed), shape))
     space = env.observation_space(env.default_params)
     scale = 1.0 if space.dtype == np.float32 else 25.0  # a tenth of what a byte holds, see random_params
     return np.float32(scale * np.random.default_rng(seed).normal(size=(*shape, *space.shape)))
@@ -99,7 +167,7 @@ def random_params(params, seed: int = 0):
         noise = rng.normal(size=x.shape)
         if x.ndim >= 2:
             noise *= 1.6 / np.sqrt(x.shape[-2])  # kernels are (..., in, out)
-            if "['encoder']['Dense_0']" in jax.tree_util.keystr(path):
+            if x.shape[-2] == 192:  # pixels in sight of the first convolution
                 noise *= 10  # pictures are mostly black
         else:
             noise = 0.5 * noise + (path[-1].key == "scale")  # a bias, or the scale of a LayerNorm
@@ -126,7 +194,8 @@ def count_parameters(script, args) -> int:
     """Of the agent that these arguments make."""
     env, agent, _ = build(script, args)
     obs, _ = jax.eval_shape(env.reset, jax.random.key(0), env.default_params)
-    start = jnp.zeros((1, *obs.shape)), jnp.ones((1, args.num_envs), bool), agent.initial_memory(args.num_envs)
+    obs, reset = jnp.zeros((1, *obs.shape), obs.dtype), jnp.ones((1, args.num_envs), bool)
+    start = obs, reset, agent.initial_memory(args.num_envs)
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(agent.init, jax.random.key(0), *start)))
 
 

@@ -8,43 +8,60 @@ import shutil
 import jax
 import pytest
 from cli import BATCH, SMALL_FLAGS, checkpoint, finished, folder_of, rows, run, saved_args, snapshot, steps
-from common import FIRST, SCRIPTS, load
+from common import CRAFTAX, FIRST, MYSTERYPATH, SCRIPTS, TMAZE, load
 from PIL import Image
 
 COLUMNS = ["update", "seed", "global_step", "elapsed", "charts/SPS"]
-COLUMNS += ["charts/episodic_return", "charts/episodic_length", "charts/success_rate", "charts/learning_rate"]
+COLUMNS += ["charts/episodic_return", "charts/episodic_length", "charts/episodes", "charts/learning_rate"]
 COLUMNS += ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
 COLUMNS += ["losses/explained_variance", "losses/grad_norm"]
-EPISODIC = [name for name in COLUMNS if "episodic" in name or "success" in name]
 
 
-def check_metrics(folder, seeds: list[int], updates: int):
-    """One row an update and seed, in order, all numbers finite, cells empty just where no episode ended."""
+def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "success_rate", limit: int = 1):
+    """One row an update and seed, in order, all numbers finite, cells empty just where no episode ended, and an outcome
+    of at most `limit`."""
     table = rows(folder)
-    assert set(COLUMNS) <= set(table[0])
+    assert {*COLUMNS, f"charts/{outcome}"} <= set(table[0])
+    episodic = [name for name in table[0] if "episodic" in name or "achievements/" in name or outcome in name]
     expected = [(u, s, u * BATCH) for u in range(1, updates + 1) for s in seeds]
     assert [(int(row["update"]), int(row["seed"]), int(row["global_step"])) for row in table] == expected
     for row in table:
         for name in row:
-            if name not in (*EPISODIC, "losses/explained_variance"):
+            if name not in (*episodic, "losses/explained_variance"):
                 assert math.isfinite(float(row[name])), (name, row)
         ended = float(row["charts/episodes"]) > 0
-        assert [name for name in EPISODIC if (row[name] != "") != ended] == []
-        assert not ended or 0 <= float(row["charts/success_rate"]) <= 1
+        assert [name for name in episodic if (row[name] != "") != ended] == []
+        assert not ended or 0 <= float(row[f"charts/{outcome}"]) <= limit
     assert {float(row["charts/episodes"]) > 0 for row in table} == {True, False}, "the test must see both kinds"
     assert all(float(row["charts/SPS"]) > 0 for row in table)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TMAZE + MYSTERYPATH)
 def test_run_leaves_what_it_promises(script, tmp_path):
     """A run leaves arguments, metrics, checkpoints, curve, video and evaluation; the terminal tells how it went."""
+    check_run(script, tmp_path, "success_rate", 1)
+
+
+@pytest.mark.parametrize("script, stand_in", zip(CRAFTAX, (False, True), strict=True))
+def test_run_of_craftax_leaves_what_it_promises(script, stand_in, tmp_path):
+    """So does one of Craftax, where a picture tells the achievements. One run here is of the game itself."""
+    folder = check_run(script, tmp_path, "score", 100, stand_in=stand_in)
+    with Image.open(folder / "achievements.png") as picture:
+        picture.load()
+    sampled = json.loads((folder / "evaluation.json").read_text())["sampled"]
+    unlocked = [x for name, (x,) in sampled.items() if name.startswith("achievements/")]
+    assert len(unlocked) == (2 if stand_in else 22) and 0 < max(unlocked) <= 1 and min(unlocked) >= 0
+
+
+def check_run(script, tmp_path, outcome, limit, **options):
+    """Runs the script -> its folder, with all in it that a run of any script leaves."""
     flags = ["--total-timesteps", "1e3", "--capture-video", "--track"]
-    out, err = run(script, *flags, cwd=tmp_path)
+    out, err = run(script, *flags, cwd=tmp_path, **options)
     folder = folder_of(tmp_path)
     assert folder.name.split("__")[1:3] == [script, "1"]
     args = saved_args(folder)
     assert args["total_timesteps"] == 1000 and args["num_envs"] * args["num_steps"] == BATCH
-    check_metrics(folder, [1], 1000 // BATCH)
+    check_metrics(folder, [1], 1000 // BATCH, outcome, limit)
     assert steps(folder)[-1] == 1000 // BATCH
     with Image.open(folder / "learning_curve.png") as picture:
         picture.load()
@@ -52,17 +69,19 @@ def test_run_leaves_what_it_promises(script, tmp_path):
     with Image.open(next((folder / "videos").glob("*.gif"))) as video:
         assert video.n_frames > 1
     evaluation = json.loads((folder / "evaluation.json").read_text())
+    name = outcome.removesuffix("_rate")
     for kind in ("sampled", "greedy"):
-        assert len(evaluation[kind]["success"]) == 1 and 0 <= evaluation[kind]["success"][0] <= 1
+        assert len(evaluation[kind][name]) == 1 and 0 <= evaluation[kind][name][0] <= limit
         assert evaluation[kind]["episodic_length"][0] >= 1
     assert list((folder / "wandb").rglob("*.wandb")), "--track, offline, keeps a record"
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "nothing outside runs/"
 
     size = sum(x[0].size for x in jax.tree.leaves(checkpoint(folder)["runner"]["learner"]["params"]))
     assert f"{size:,} parameters" in out
-    assert "step/s" in err and "return=" in err and "success=" in err
-    assert "evaluation with sampled actions, 20 episodes:" in out and str(folder) in out.splitlines()[-1]
+    assert "step/s" in err and "return=" in err and f"{name}=" in err
+    assert "evaluation with sampled actions, 20 episodes: length " in out and str(folder) in out.splitlines()[-1]
     assert "Traceback" not in err and "Warning" not in err
+    return folder
 
 
 @pytest.mark.parametrize("script", FIRST)
@@ -102,7 +121,7 @@ REFUSED_BY_ALL = [
     ("--resume nowhere", "nowhere", "not the folder of a run"),
     ("--evaluate nowhere", "nowhere", "not the folder of a run"),
 ]
-TMAZE = [
+TMAZE_FLAGS = [
     ("--corridor-len 1", "--corridor-len 1", "at least 2"),
     ("--corridor-len 300", "--corridor-len 300", "8-bit Gray code, so at most 256"),
     ("--corridor-len -5", "--corridor-len -5", "at least 2"),
@@ -111,9 +130,14 @@ TMAZE = [
     ("--num-distractors -1", "--num-distractors -1", "at least 0"),
     ("--critic-bias nan", "--critic-bias nan", "finite"),
 ]
-MYSTERYPATH = [
+MYSTERYPATH_FLAGS = [
     ("--env-id MysteryPath-v9", "--env-id MysteryPath-v9", "MysteryPath-Grid-Easy-v0"),
     ("--corridor-len 20", "--corridor-len", "nrecognized"),
+]
+CRAFTAX_FLAGS = [
+    ("--env-id Craftax-v9", "--env-id Craftax-v9", "Craftax-Classic-Symbolic-v1"),
+    ("--num-envs 24", "--num-envs 24", "not divisible by --optimistic-reset-ratio 16"),
+    ("--optimistic-reset-ratio 0", "--optimistic-reset-ratio 0", "at least 1"),
 ]
 CHRONO = [
     ("--gate-init foo", "foo", "chrono"),
@@ -127,13 +151,15 @@ WINDOW = [
     ("--d-model 7", "--d-model 7", "even"),
 ]
 REFUSED = {
-    "ppo_agalite_tmaze": [*TMAZE, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
-    "ppo_galite_tmaze": [*TMAZE, *CHRONO, *LAYERS, ("--eta 0", "--eta 0", "at least 1")],
-    "ppo_gtrxl_tmaze": [*TMAZE, *LAYERS, *WINDOW],
-    "ppo_lstm_tmaze": [*TMAZE, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
-    "ppo_gru_tmaze": [*TMAZE, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
-    "ppo_agalite_mysterypath": [*MYSTERYPATH, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
-    "ppo_gtrxl_mysterypath": [*MYSTERYPATH, *LAYERS, *WINDOW],
+    "ppo_agalite_tmaze": [*TMAZE_FLAGS, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
+    "ppo_galite_tmaze": [*TMAZE_FLAGS, *CHRONO, *LAYERS, ("--eta 0", "--eta 0", "at least 1")],
+    "ppo_gtrxl_tmaze": [*TMAZE_FLAGS, *LAYERS, *WINDOW],
+    "ppo_lstm_tmaze": [*TMAZE_FLAGS, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
+    "ppo_gru_tmaze": [*TMAZE_FLAGS, *CHRONO, ("--hidden-size 0", "--hidden-size 0", "at least 1")],
+    "ppo_agalite_mysterypath": [*MYSTERYPATH_FLAGS, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
+    "ppo_gtrxl_mysterypath": [*MYSTERYPATH_FLAGS, *LAYERS, *WINDOW],
+    "ppo_agalite_craftax": [*CRAFTAX_FLAGS, *CHRONO, *LAYERS, ("--r 0", "--r 0", "at least 1")],
+    "ppo_gtrxl_craftax": [*CRAFTAX_FLAGS, *LAYERS, *WINDOW],
 }
 
 

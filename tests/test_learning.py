@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MYSTERYPATH, TMAZE, load
+from common import CLASSIC, CRAFTAX, MYSTERYPATH, TMAZE, load
 from gymnasium import spaces
 
-from envs.wrappers import EpisodeStatistics, PooledReset
+from envs.craftax import pack
+from envs.wrappers import AutoReset, EpisodeStatistics, PooledReset, VectorEnv
 
 # What finds the junction of a long corridor and walks there is out of place in a short one.
 SHORT = {
@@ -32,6 +33,8 @@ PICTURES = {
 SETTINGS |= {
     "ppo_agalite_mysterypath": PICTURES | LAYERS | {"d_ffc": 32, "eta": 2},
     "ppo_gtrxl_mysterypath": PICTURES | LAYERS | {"memory_len": 16},
+    "ppo_agalite_craftax": PICTURES | LAYERS | {"d_ffc": 32, "eta": 2, "d_encoder": 32},
+    "ppo_gtrxl_craftax": PICTURES | LAYERS | {"memory_len": 16, "d_encoder": 32},
 }
 
 
@@ -40,13 +43,16 @@ class CuePictures:
     then white, when the action must be 0 after red and 1 after green."""
 
     default_params = None
+    outcomes = {"charts/success_rate": "success"}
 
     def action_space(self, params):
         return spaces.Discrete(4)
 
     def observe(self, state, params):
         cue, time = state
-        colour = (jnp.arange(3) == cue) & (time == 0) | (time == 3)
+        return self.picture((jnp.arange(3) == cue) & (time == 0) | (time == 3))
+
+    def picture(self, colour):
         return jnp.broadcast_to(255 * colour.astype(jnp.uint8), (36, 36, 3))
 
     def reset(self, key, params):
@@ -66,12 +72,23 @@ class CuePictures:
         )
 
 
+class CueSymbols(CuePictures):
+    """The same in Craftax Classic's observations: a third of the symbols stands for each colour."""
+
+    def picture(self, colour):
+        symbols = jnp.repeat(colour, CLASSIC.num_bits // 3)
+        return pack(jnp.concatenate([symbols, jnp.zeros(CLASSIC.num_numbers)]))
+
+
 @pytest.fixture
 def task(request, monkeypatch):
-    """-> script, its small arguments; with pictures its environment is replaced."""
+    """-> script, its small arguments; but for the T-Maze its environment is replaced."""
     script = load(request.param)
     if request.param in MYSTERYPATH:
         cues = lambda args, num_envs: PooledReset(EpisodeStatistics(CuePictures()), num_envs, pool_size=4)
+        monkeypatch.setattr(script, "make_env", cues)
+    elif request.param in CRAFTAX:
+        cues = lambda args, num_envs: VectorEnv(AutoReset(EpisodeStatistics(CueSymbols())), num_envs)
         monkeypatch.setattr(script, "make_env", cues)
     return script, script.Args(**SETTINGS[request.param])
 

@@ -294,7 +294,7 @@ class KeyLog:
     def __init__(self, env, steps: int, note):
         self.env, self.steps, self.note = env, steps, note
         self.num_envs, self.default_params = env.num_envs, env.default_params
-        self.action_space = env.action_space
+        self.action_space, self.outcomes = env.action_space, env.outcomes
 
     def reset(self, key, params):
         obs, state = self.env.reset(key, params)
