@@ -73,11 +73,12 @@ class CuePictures:
 
 
 class CueSymbols(CuePictures):
-    """The same in Craftax Classic's observations: a third of the symbols stands for each colour."""
+    """The same in Craftax Classic's observations: a third of the symbols stands for each colour, all numbers for white."""
 
     def picture(self, colour):
-        symbols = jnp.repeat(colour, CLASSIC.num_bits // 3)
-        return pack(jnp.concatenate([symbols, jnp.zeros(CLASSIC.num_numbers)]))
+        white = colour.all()
+        symbols = jnp.repeat(colour & ~white, CLASSIC.num_bits // 3).astype(jnp.float32)
+        return pack(jnp.concatenate([symbols, jnp.full(CLASSIC.num_numbers, white, jnp.float32)]))
 
 
 @pytest.fixture
