@@ -66,7 +66,7 @@ def start(script: str, *flags, cwd: Path, small: bool = True, stand_in: bool = T
 def finish(process: subprocess.Popen, expect: int = 0) -> tuple[str, str]:
     """Waits for it -> stdout, stderr; it must end with the exit status `expect`."""
     try:
-        out, err = process.communicate(timeout=150)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == expect, f"exit status {process.returncode}\n{out}\n{err}"

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from cli import BATCH, checkpoint, finish, finished, folder_of, lasting, rows, run, start, steps, wait_for_row
-from common import FIRST, MYSTERYPATH, SCRIPTS, assert_identical, data, load, quick_jit
+from common import CRAFTAX, FIRST, MYSTERYPATH, SCRIPTS, assert_identical, data, load, quick_jit
 
 FLAGS = ["--total-timesteps", 200 * BATCH, "--checkpoint-interval", 20]  # those of `finished`
 
@@ -30,7 +30,7 @@ def assert_same_outcome(folder, script, updates=200):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_run_resumes_bit_for_bit(script, tmp_path):
     """A run killed twice in mid-episode and resumed each time ends with the very numbers of one that was not."""
-    updates = 40 if script in MYSTERYPATH else 200  # pictures are slow
+    updates = 40 if script in MYSTERYPATH + CRAFTAX else 200  # pictures and symbols are slow
     flags = ["--total-timesteps", updates * BATCH, "--checkpoint-interval", updates // 10]
     process = start(script, *flags, cwd=tmp_path)
     for row in (updates // 8, updates * 11 // 20):

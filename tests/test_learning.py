@@ -30,11 +30,15 @@ PICTURES = {
     "d_actor": 32, "d_critic": 32, "num_envs": 32, "num_steps": 16, "num_minibatches": 4, "update_epochs": 6,
     "learning_rate": 1e-3, "ent_coef": 0.01, "norm_adv": False, "total_timesteps": 16_384,
 }  # fmt: skip
+SYMBOLS = PICTURES | {
+    "d_encoder": 32, "anneal_lr": False, "learning_rate": 4e-3, "update_epochs": 4, "norm_adv": True,
+    "total_timesteps": 10_240,
+}  # fmt: skip
 SETTINGS |= {
     "ppo_agalite_mysterypath": PICTURES | LAYERS | {"d_ffc": 32, "eta": 2},
     "ppo_gtrxl_mysterypath": PICTURES | LAYERS | {"memory_len": 16},
-    "ppo_agalite_craftax": PICTURES | LAYERS | {"d_ffc": 32, "eta": 2, "d_encoder": 32},
-    "ppo_gtrxl_craftax": PICTURES | LAYERS | {"memory_len": 16, "d_encoder": 32},
+    "ppo_agalite_craftax": SYMBOLS | LAYERS | {"d_ffc": 32, "eta": 2},
+    "ppo_gtrxl_craftax": SYMBOLS | LAYERS | {"memory_len": 16},
 }
 
 
@@ -73,7 +77,7 @@ class CuePictures:
 
 
 class CueSymbols(CuePictures):
-    """The same in Craftax Classic's observations: a third of the symbols stands for each colour, all numbers for white."""
+    """The same in Craftax Classic's observations: a third of the symbols is a colour, the numbers are white."""
 
     def picture(self, colour):
         white = colour.all()
