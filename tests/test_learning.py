@@ -37,8 +37,7 @@ SYMBOLS = PICTURES | {
 SETTINGS |= {
     "ppo_agalite_mysterypath": PICTURES | LAYERS | {"d_ffc": 32, "eta": 2},
     "ppo_gtrxl_mysterypath": PICTURES | LAYERS | {"memory_len": 16},
-    "ppo_agalite_craftax": SYMBOLS | LAYERS | {"d_ffc": 32, "eta": 2},
-    "ppo_gtrxl_craftax": SYMBOLS | LAYERS | {"memory_len": 16},
+    "ppo_agalite_craftax": SYMBOLS | LAYERS | {"d_ffc": 32, "eta": 2},  # the other differs by a memory seen above
 }
 
 
