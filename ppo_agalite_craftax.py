@@ -10,8 +10,8 @@ Reinforcement Learning", TMLR 2024 (arXiv 2310.15719).
 What to learn here: how large observations stay small (one bit a symbol, unpacked where they are read), and how costly
 beginnings of episodes are shared out. The rest is that of ppo_agalite_tmaze.py, told there; `diff` shows this.
 
-What to expect: the published settings are for a GPU, 1e9 steps; README has a command for a CPU. The score is the return
-in percent of all there is to earn. Sibling to compare with: ppo_gtrxl_craftax.py.
+What to expect: the published 1e9 steps, for a GPU, have not been run; README has a command for a CPU, with Craftax
+Classic. The score is the return in percent of all there is to earn. To compare, there is ppo_gtrxl_craftax.py.
 
 Letters of the axes, time first throughout:
     T time steps   B environments   S seeds   D d_model   H heads   d d_head   e eta   F distinct frequencies

@@ -5,10 +5,12 @@
 An open world of mining, crafting and fighting on nine floors, of which the agent sees 9 x 11 squares; 67 achievements
 pay once an episode, and an episode lasts thousands of steps. The task is Craftax (Matthews et al., ICML 2024); the
 memory is GTrXL: Parisotto et al., "Stabilizing Transformers for Reinforcement Learning", ICML 2020 (arXiv 1910.06764).
-To compare, `diff` with ppo_agalite_craftax.py: all but the memory and its settings is the same text.
 
-What to expect: the published settings are for a GPU, 1e9 steps; README has a command for a CPU. The score is the return
-in percent of all there is to earn.
+What to learn here: what a window of past steps costs, and how far it sees, beside a memory of constant size. `diff`
+with ppo_agalite_craftax.py shows that: all but the memory and its settings is the same text.
+
+What to expect: the published 1e9 steps, for a GPU, have not been run; README has a command for a CPU, with Craftax
+Classic. The score is the return in percent of all there is to earn.
 
 Letters of the axes, time first throughout:
     T time steps   B environments   S seeds   D d_model   H heads   d d_head   M memory_len   L layers   C block length
