@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from common import (
     FIRST,
+    MYSTERYPATH,
     SCRIPTS,
     assert_close,
     assert_identical,
@@ -170,7 +171,8 @@ def test_what_is_learnt_from_a_rollout(script, monkeypatch):
 def test_no_bootstrap_at_a_time_limit(played):
     """A time limit counts as an end: its advantage is the reward minus the value, and the next step is a reset."""
     truncated = np.asarray(played.infos["truncated"])
-    assert 0 < truncated.sum() < played.transitions.done.sum(), "both kinds of ends"
+    both = played.script.__name__ not in MYSTERYPATH  # its goal is further than the few steps of these episodes
+    assert 0 < truncated.sum() <= played.transitions.done.sum() - both, "both kinds of ends"
     advantage = played.script.compute_gae(played.transitions, played.last_value, 0.99, 0.95)
     alone = np.asarray(played.transitions.reward - played.transitions.value)
     done = np.asarray(played.transitions.done)
