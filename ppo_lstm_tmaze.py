@@ -141,16 +141,16 @@ class Args:
     cautious_entropy: float = 0.75
     """while actions have more entropy (nats), one pass only, at half the learning rate
     published: never, as with 2"""
-    norm_adv: bool = False
+    norm_adv: bool = True
     """normalise advantages in each minibatch"""
     clip_coef: float = 0.2
     """how far the probability ratio may move from 1 before its gradient is cut"""
     clip_vloss: bool = False
     """clip the value loss too, with the same coefficient"""
-    ent_coef: float = 0.005
+    ent_coef: float = 0.01
     """weight of the entropy bonus
     published, for A2C: 0.001; GTrXL of 128 steps and GRU 0.01"""
-    vf_coef: float = 0.025
+    vf_coef: float = 0.05
     """weight of the value loss"""
     max_grad_norm: float = 0.5
     """gradients are scaled down to this global norm"""

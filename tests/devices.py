@@ -53,8 +53,9 @@ def main(name: str):
     script, results = load(name), []
     assert jax.device_count() == 4
     # A tiny model and many environments: a rollout is far larger than a gradient.
-    # With Adam's usual epsilon, rounding in gradients that are nearly nothing becomes whole steps.
-    args = lambda num_seeds: tiny_args(script, num_seeds=num_seeds, num_envs=32, num_minibatches=2, adam_eps=1e-5)
+    # Rounding in gradients or advantages that are nearly nothing would be blown up to full size without these two.
+    exact = {"adam_eps": 1e-5, "norm_adv": False}
+    args = lambda num_seeds: tiny_args(script, num_seeds=num_seeds, num_envs=32, num_minibatches=2, **exact)
     alone, _ = run(script, args(4), None)
     for num_seeds, shards in ((1, [1, 8]), (4, [1, 32])):
         shardings = script.make_shardings(args(num_seeds))
