@@ -611,7 +611,7 @@ def test_four_devices_equal_one(name):
     spread); what they exchange in an update is at most the size of a gradient."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     result = subprocess.run(
-        [sys.executable, TESTS / "devices.py", name], cwd=TESTS.parent, capture_output=True, text=True, timeout=300,
+        [sys.executable, TESTS / "devices.py", name], cwd=TESTS.parent, capture_output=True, text=True, timeout=600,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
