@@ -30,10 +30,7 @@ PICTURES = {
     "d_actor": 32, "d_critic": 32, "num_envs": 32, "num_steps": 16, "num_minibatches": 4, "update_epochs": 6,
     "learning_rate": 1e-3, "ent_coef": 0.01, "norm_adv": False, "total_timesteps": 16_384,
 }  # fmt: skip
-SYMBOLS = PICTURES | {
-    "d_encoder": 32, "anneal_lr": False, "learning_rate": 4e-3, "update_epochs": 4, "norm_adv": True,
-    "total_timesteps": 10_240,
-}  # fmt: skip
+SYMBOLS = PICTURES | {"d_encoder": 32, "anneal_lr": False, "learning_rate": 2e-3}
 SETTINGS |= {
     "ppo_agalite_mysterypath": PICTURES | LAYERS | {"d_ffc": 32, "eta": 2},
     "ppo_gtrxl_mysterypath": PICTURES | LAYERS | {"memory_len": 16},
