@@ -852,7 +852,7 @@ def plot_learning_curve(folder: Path) -> None:
 
 
 def record_video(args: Args, agent: nn.Module, params, key: jax.Array, path: Path) -> None:
-    """Plays one episode, of a long one 1000 steps, with sampled actions and draws it as an animated picture."""
+    """Plays one episode, or its first 1000 steps, with sampled actions and draws it as an animated picture."""
     env = make_env(args, 1).unwrapped
     apply, step = jax.jit(agent.apply), jax.jit(env.step)
     key, reset_key = jax.random.split(key)

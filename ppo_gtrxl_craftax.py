@@ -132,14 +132,14 @@ class Args:
     """lambda of generalised advantage estimation, for the policy"""
     critic_lambda: float = 0.8
     """lambda of the returns that the value learns; 1, plain discounted returns, carries an end to its start at once
-    published: as --gae-lambda"""
+    published: as --gae-lambda; change both together"""
     num_minibatches: int = 8
     """minibatches in an epoch, each of whole rollouts of num_envs / num_minibatches environments"""
     update_epochs: int = 4
     """passes over each rollout"""
     cautious_entropy: float = 10.0
     """while actions have more entropy (nats), one pass only, at half the learning rate
-    published: never, as with 10"""
+    published: never; 10 is more than any policy here has"""
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
     clip_coef: float = 0.2
@@ -809,7 +809,7 @@ def plot_achievements(folder: Path) -> None:
 
 
 def record_video(args: Args, agent: nn.Module, params, key: jax.Array, path: Path) -> None:
-    """Plays one episode, of a long one 1000 steps, with sampled actions and draws it as an animated picture."""
+    """Plays one episode, or its first 1000 steps, with sampled actions and draws it as an animated picture."""
     env = make_env(args, 1).unwrapped
     apply, step = jax.jit(agent.apply), jax.jit(env.step)
     key, reset_key = jax.random.split(key)

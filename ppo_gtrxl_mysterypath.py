@@ -196,7 +196,7 @@ class Args:
 
 
 def make_env(args: Args, num_envs: int) -> PooledReset:
-    # Who knows its path takes 13.5 steps on average, so a rollout hardly ever needs more first states than these.
+    # Who knows its path takes 13.5 steps on the grid on average, so a rollout hardly ever needs more than these.
     return PooledReset(EpisodeStatistics(MysteryPath(args.env_id)), num_envs, pool_size=max(1, args.num_steps // 8))
 
 
@@ -811,7 +811,7 @@ def plot_learning_curve(folder: Path) -> None:
 
 
 def record_video(args: Args, agent: nn.Module, params, key: jax.Array, path: Path) -> None:
-    """Plays one episode, of a long one 1000 steps, with sampled actions and draws it as an animated picture."""
+    """Plays one episode, or its first 1000 steps, with sampled actions and draws it as an animated picture."""
     env = make_env(args, 1).unwrapped
     apply, step = jax.jit(agent.apply), jax.jit(env.step)
     key, reset_key = jax.random.split(key)
