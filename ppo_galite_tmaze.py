@@ -79,6 +79,9 @@ class Args:
     published: 5e6"""
     checkpoint_interval: int = 20
     """updates between two checkpoints"""
+    checkpoint_envs: bool = True
+    """keep environments and memories in checkpoints too
+    without them a checkpoint is small, and at a resume all episodes begin anew"""
     resume: str = ""
     """folder of an interrupted run to continue, bit for bit"""
     evaluate: str = ""
@@ -432,7 +435,7 @@ class Learner(NamedTuple):
 
 
 class RunnerState(NamedTuple):
-    """All that changes during training; a checkpoint is this and nothing else."""
+    """All that changes during training, and, unless told otherwise, what a checkpoint holds."""
 
     learner: Learner
     env_state: Any
@@ -675,7 +678,24 @@ def checksum(tree) -> jax.Array:
     return sum(jnp.sum(words(x), dtype=jnp.uint32) for x in jax.tree.leaves(tree))
 
 
-def restore(checkpoints: ocp.CheckpointManager, like: RunnerState) -> RunnerState:
+def checkpointed(args: Args, runner):
+    """What a checkpoint holds of a runner."""
+    return runner if args.checkpoint_envs else runner.learner
+
+
+def save(args: Args, checkpoints: ocp.CheckpointManager, number: int, runner) -> None:
+    """Writes the checkpoint after update `number`, whole or not at all, unless it is there."""
+    runner = checkpointed(args, runner)
+    tree = {"runner": runner, "checksum": checksum(runner)}
+    try:
+        written = number in checkpoints.all_steps() or checkpoints.save(number, args=ocp.args.StandardSave(tree))
+    except Exception as error:  # a full disk is a ValueError in tensorstore
+        raise OSError(f"checkpoint {number} could not be written: {error}") from None
+    if not written:
+        raise OSError(f"checkpoint {number} was not written")
+
+
+def restore(checkpoints: ocp.CheckpointManager, like):
     """The newest checkpoint that is whole; damaged ones are set aside."""
     target = ocp.args.StandardRestore({"runner": like, "checksum": checksum(like)})
     for step in sorted(checkpoints.all_steps(), reverse=True):
@@ -737,12 +757,19 @@ def agreed(signals: list[int]) -> int:
     return int(mine if jax.process_count() == 1 else multihost_utils.process_allgather(mine).max())
 
 
-def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoints, tracker):
-    """Updates until the end or a signal, with rows in metrics.csv and checkpoints -> the trained runner."""
+def updates_done(learner: Learner) -> int:
+    return int(learner.update.addressable_data(0).ravel()[0])  # the same for all seeds
+
+
+def train(args: Args, prepare, runner, folder: Path, checkpoints, tracker):
+    """Updates until the end or a signal, with rows in metrics.csv and checkpoints -> the trained runner.
+
+    prepare(runner) gives what makes an update of it, compiled, and the names of its metrics.
+    """
     start_time, chief, signals = time.time(), jax.process_index() == 0, catch_signals()
-    first = int(runner.learner.update.addressable_shards[0].data[0])
-    columns = ["update", "seed", "global_step", "elapsed", "charts/SPS", *jax.eval_shape(update_seeds, runner)[1]]
-    compiled = update_seeds.lower(runner).compile()
+    first = updates_done(runner.learner)
+    compiled, names = prepare(runner)
+    columns = ["update", "seed", "global_step", "elapsed", "charts/SPS", *names]
     if chief:
         cut_metrics(folder / "metrics.csv", columns, first)
     bar = tqdm(
@@ -750,17 +777,8 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
         unit="step", unit_scale=True, disable=not chief,
     )  # fmt: skip
 
-    def save(number: int):
-        tree = {"runner": runner, "checksum": checksum(runner)}
-        try:
-            written = number in checkpoints.all_steps() or checkpoints.save(number, args=ocp.args.StandardSave(tree))
-        except Exception as error:  # a full disk is a ValueError in tensorstore
-            raise OSError(f"checkpoint {number} could not be written: {error}") from None
-        if not written:
-            raise OSError(f"checkpoint {number} was not written")
-
     with open(folder / "metrics.csv" if chief else os.devnull, "a", newline="", buffering=1) as file, bar:
-        save(first)
+        save(args, checkpoints, first, runner)
         loop_time = time.time()
         for number in range(first + 1, args.num_updates + 1):
             runner, metrics = compiled(runner)
@@ -790,7 +808,7 @@ def train(args: Args, update_seeds, runner: RunnerState, folder: Path, checkpoin
 
             stop = agreed(signals)
             if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
-                save(number)
+                save(args, checkpoints, number, runner)
             if stop:
                 print(f"\nstopped and saved after update {number}; to go on: python {sys.argv[0]} --resume {folder}")
                 raise SystemExit(128 + stop)
@@ -803,8 +821,8 @@ def plot_learning_curve(folder: Path) -> None:
     """Return, and success or score, over environment steps, a line a seed."""
     reader = csv.DictReader((folder / "metrics.csv").open())
     rows, names = list(reader), headline(reader.fieldnames).values()
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), names, strict=True):
+    figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for seed in dict.fromkeys(row["seed"] for row in rows):
             curve = [(int(row["global_step"]), float(row[name])) for row in rows if row["seed"] == seed and row[name]]
             axis.plot(*np.array(curve).reshape(-1, 2).T, label=f"seed {seed}", alpha=0.8)
@@ -884,6 +902,7 @@ def main(args: Args) -> None:
     bound = [jax.vmap(functools.partial(function, args, env, agent, optimizer)) for function in (init, update)]
     init_seeds = jax.jit(bound[0], out_shardings=sharded)
     update_seeds = jax.jit(bound[1], out_shardings=(sharded, replicated), donate_argnums=0)
+    prepare = lambda runner: (update_seeds.lower(runner).compile(), jax.eval_shape(update_seeds, runner)[1])
 
     existing = args.resume or args.evaluate
     now = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))  # the same in all processes
@@ -899,9 +918,15 @@ def main(args: Args) -> None:
         size = sum(x[0].size for x in jax.tree.leaves(runner.learner.params))
         print(f"{folder}: {size:,} parameters, {args.num_updates} updates of {args.batch_size} steps")
         with ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handler) as checkpoints:
-            runner = restore(checkpoints, runner) if existing else runner
+            if existing:
+                saved = restore(checkpoints, checkpointed(args, runner))
+                if args.checkpoint_envs:
+                    runner = saved
+                else:  # other episodes than those that the run began with
+                    keys = jax.vmap(jax.random.fold_in, (0, None))(seed_keys(args), updates_done(saved))
+                    runner = init_seeds(keys)._replace(learner=saved)
             if not args.evaluate:
-                runner = train(args, update_seeds, runner, folder, checkpoints, tracker)
+                runner = train(args, prepare, runner, folder, checkpoints, tracker)
         report(args, agent, runner, folder, replicated, tracker)
     except OSError as error:
         raise SystemExit(f"{folder}: {error}. The checkpoints in it are intact; --resume goes on from there") from None

@@ -47,6 +47,22 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", FIRST)
+def test_small_checkpoints_keep_the_learner(script, tmp_path):
+    """With --no-checkpoint-envs a checkpoint holds parameters, optimiser, key and counter alone; a resumed run goes on
+    from these, in fresh episodes."""
+    run(script, "--no-checkpoint-envs", "--total-timesteps", 20 * BATCH, cwd=tmp_path)
+    folder = folder_of(tmp_path)
+    before = checkpoint(folder)["runner"]
+    assert set(before) == {"params", "opt_state", "key", "update"} and before["update"] == [20]
+    run(script, "--resume", folder, "--total-timesteps", 21 * BATCH, cwd=tmp_path, small=False)
+    assert [int(row["update"]) for row in rows(folder)] == list(range(1, 22))
+    after = checkpoint(folder)["runner"]
+    assert after["update"] == [21]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["params"], after["params"])
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1, "an update away from those saved"
+
+
+@pytest.mark.parametrize("script", FIRST)
 def test_run_killed_before_its_first_checkpoint(script, tmp_path):
     """Where a run was killed before it saved anything, --resume says so in a sentence."""
     process = start(script, *FLAGS, cwd=tmp_path)
