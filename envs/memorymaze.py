@@ -1,0 +1,451 @@
+"""Memory Maze (Pasukonis et al. 2022): find the object whose colour frames the picture, again and again, in one maze.
+
+The package `memory-maze` makes the rules, the mazes and the physics, on dm_control and MuJoCo. What the agent sees and
+is paid here is the package's to the last pixel (tests/compare_memorymaze.py plays whole episodes of both). It comes
+sooner, because
+
+- the package asks in a Python loop over all contacts, at each of the 50 physics substeps of a step, whether a target
+  is touched. Here MuJoCo's array of contacts is asked;
+- the package draws everything in the maze. Here what lies wholly outside of the camera's view is left out;
+- the package keeps 84 textures, many of them equal, and reads and uploads all of them for each new maze. Here each is
+  read once, and a new maze borrows them;
+- nobody waits for a new maze: it is made in small pieces, one in each of the first steps of the episode before it.
+
+Importing this module registers MemoryMaze-9x9-v0, -11x11-, -13x13- and -15x15- with Gymnasium. It needs neither the
+package nor OpenGL: these are loaded as the first environment is made. The package's own import would need `gym`, which
+is abandoned, so only its parts that do without are imported.
+"""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest import mock
+from xml.etree import ElementTree
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+MAX_STEPS = {"9x9": 1000, "11x11": 2000, "13x13": 3000, "15x15": 4000}  # 4 a second
+ACTIONS = ("noop", "forward", "left", "right", "forward+left", "forward+right")
+CONTROLS = ((0.0, 0.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, -1.0), (-1.0, 1.0))  # roll, steer
+SUBSTEPS = 50  # of physics in a step
+VIEW, PICTURE = 64, 384  # sides of what the agent sees and of each half of what people are shown, in pixels
+
+
+class CannotRun(RuntimeError):
+    """Memory Maze needs something that is not installed; the message says what, and how to get it."""
+
+
+def choose_renderer() -> str:
+    """-> a value of MUJOCO_GL that works here. Raises CannotRun if none does.
+
+    A renderer that cannot start may take the process with it, and one that was imported cannot be exchanged. So each
+    is tried in a process of its own, and the choice is left in the environment for the processes that this one starts.
+    """
+    wanted = os.environ.get("MUJOCO_GL")
+    if wanted and os.environ.get("MEMORY_MAZE_GL_WORKS") == wanted:
+        return wanted
+    for name in [wanted] if wanted else ["egl", "osmesa"]:
+        # PYOPENGL_PLATFORM is what dm_control sets itself, and a leftover of another choice would make it fail.
+        environment = {k: v for k, v in os.environ.items() if k != "PYOPENGL_PLATFORM"} | {"MUJOCO_GL": name}
+        script = "from dm_control import _render\nwith _render.Renderer(64, 64).make_current(): pass"
+        command = [sys.executable, "-c", script]
+        if subprocess.run(command, env=environment, capture_output=True).returncode == 0:
+            os.environ["MUJOCO_GL"] = os.environ["MEMORY_MAZE_GL_WORKS"] = name
+            return name
+    tried = f"MUJOCO_GL={wanted} does not start" if wanted else "Neither EGL nor OSMesa starts"
+    raise CannotRun(
+        f"{tried}, and Memory Maze draws its pictures with OpenGL: on Debian or Ubuntu install libegl1 and libgl1, or "
+        "libosmesa6 (no GPU or screen is needed)."
+    )
+
+
+def check_requirements():
+    """Raises CannotRun if a package or a renderer is missing."""
+    for name in ("dm_control", "mujoco", "labmaze", "memory_maze"):
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise CannotRun(
+                f"Memory Maze needs the package {name}: pip install -r requirements.txt, with Python 3.11 or 3.12 (the "
+                "package labmaze, which draws the mazes, comes for no later one)."
+            )
+    choose_renderer()
+
+
+@cache
+def load() -> types.SimpleNamespace:
+    """-> the modules that play the game. Raises CannotRun."""
+    check_requirements()
+    if "memory_maze" not in sys.modules:
+        # A module of that name and place, whose __init__, which imports gym, is not run.
+        package = types.ModuleType("memory_maze")
+        package.__path__ = list(importlib.util.find_spec("memory_maze").submodule_search_locations)
+        sys.modules["memory_maze"] = package
+    import mujoco
+    from dm_control import _render, mjcf
+    from dm_control.composer import environment
+    from memory_maze import tasks
+
+    # The ball cannot be given a velocity, and dm_control says so at each reset.
+    logging.getLogger("absl").addFilter(lambda record: "no free joint" not in str(record.msg))
+    return types.SimpleNamespace(
+        mujoco=mujoco, mjcf=mjcf, tasks=tasks, Renderer=_render.Renderer, Hooks=environment._EnvironmentHooks
+    )
+
+
+@dataclass
+class Episode:
+    """A maze ready to be played, as the package leaves it after reset."""
+
+    model: Any  # mujoco.MjModel
+    data: Any  # mujoco.MjData
+    random: np.random.RandomState  # draws the next target, as the package's does
+    target: int  # the one to be found, an index into the next four
+    touched: list[bool]
+    geoms: list[int]  # of the targets, in the model
+    materials: list[int]
+    colors: list[np.ndarray]  # (3,), 0 to 1
+
+
+class Sketch:
+    """Takes the place of dm_control's tree while the package's code adds walls and floor: a tenth of the time.
+
+    The tree would check, name and store each of some 300 elements, to become one string of XML. This writes the string.
+    """
+
+    def __init__(self, texture_names: dict[str, str]):
+        self.texture_names = texture_names
+        self.geom = {}  # what a tree holds so far; the package clears it before it adds
+        self.lines = []
+
+    def add(self, tag: str, **attributes) -> str:
+        self.lines.append(f"<{tag} " + " ".join(f'{k}="{self._text(x)}"' for k, x in attributes.items()) + "/>")
+        return attributes["name"]
+
+    def _text(self, value) -> str:
+        if isinstance(value, str | int):
+            return str(value)
+        if hasattr(value, "full_identifier"):
+            return self.texture_names[value.full_identifier]
+        return " ".join(repr(float(x)) for x in value)
+
+
+class Maker:
+    """Makes mazes of one size with the package's code, all but the text of their walls and the compiling of textures.
+
+    The package's environment would be compiled with its 84 textures; here its parts are taken and the environment never
+    made. For another seed the package would make all parts anew; here what depends on the seed is exchanged.
+    """
+
+    def __init__(self, size: str):
+        self.modules = load()
+        tasks = self.modules.tasks
+        with mock.patch.object(tasks.composer, "Environment", lambda **parts: types.SimpleNamespace(**parts)):
+            self.task = getattr(tasks, f"memory_maze_{size}")(seed=0).task
+        self.arena = self.task._maze_arena
+        self.hooks = self.modules.Hooks(self.task)
+        self.arena.regenerate = self._regenerate
+
+        # With no walls yet: the ball, the targets, the textures; of equal textures the first.
+        tree = self.task.root_entity.mjcf_model
+        root, self.files = ElementTree.fromstring(tree.to_xml_string()), tree.get_assets()
+        assets, first, self.texture_names = root.find("asset"), {}, {}
+        for texture in assets.findall("texture"):
+            name = texture.get("name")
+            self.texture_names[name] = first.setdefault(texture.get("file", name), name)
+            if self.texture_names[name] != name:
+                assets.remove(texture)
+        self.textured = ElementTree.tostring(root, "unicode")
+
+        # What an episode's model is written into. Its textures are one pixel each: Screen has those that are seen.
+        for texture in assets.findall("texture"):
+            kind = {name: texture.get(name) for name in ("name", "class", "type")}
+            texture.attrib.clear()
+            texture.attrib.update(kind, builtin="flat", width="1", height="1")
+        # Each element goes where dm_control would put it, so that it gets the number that it has in the package.
+        world = root.find("worldbody")
+        assets.insert(1, ElementTree.Comment("materials"))
+        world.insert(list(world).index(world.find("geom[@name='ground']")) + 1, ElementTree.Comment("geoms"))
+        world.find("body[@name='maze_body']").append(ElementTree.Comment("walls"))
+        for target in self.task._targets:
+            name = self._frame(target).full_identifier
+            world.find(f"body[@name='{name}']").set("pos", f"position of {name}")
+        self.template = ElementTree.tostring(root, "unicode")
+
+    def textured_model(self):
+        """-> a mujoco.MjModel with all textures as they are to be seen, and no walls."""
+        return self.modules.mujoco.MjModel.from_xml_string(self.textured, self.files)
+
+    PIECES = 7  # that make yields, the last of which is the episode
+
+    def make(self, seed: int) -> Iterator[Episode | None]:
+        """Yields None after each piece of the work and then the Episode, the package's first with that seed."""
+        mjcf, task, arena = self.modules.mjcf, self.task, self.arena
+        random = np.random.RandomState(seed)
+        arena._maze = self._text_maze(random.randint(2147483648))
+        yield
+        self.hooks.initialize_episode_mjcf(random)
+        yield
+        xml = self._xml()
+        yield
+        physics = mjcf.Physics.from_xml_string(xml)
+        yield
+        self.hooks.after_compile(physics, random)
+        yield
+        with physics.reset_context():
+            self.hooks.initialize_episode(physics, random)
+        yield
+        targets = task._targets
+        yield Episode(
+            model=physics.model.ptr,
+            data=physics.data.ptr,
+            random=random,
+            target=task._current_target_ix,
+            touched=[target.activated for target in targets],
+            geoms=[physics.bind(target.geom).element_id for target in targets],
+            materials=[physics.bind(target.material).element_id for target in targets],
+            colors=task._target_colors,
+        )
+
+    def _text_maze(self, seed: int):
+        maze = self.arena._maze
+        names = ("height", "width", "max_rooms", "room_min_size", "room_max_size", "max_variations", "spawns_per_room")
+        options = {name: getattr(maze, name) for name in names}
+        return type(maze)(objects_per_room=maze.objects_per_room, simplify=True, random_seed=seed, **options)
+
+    def _regenerate(self, random):
+        self.materials, self.geoms, self.walls = (Sketch(self.texture_names) for _ in range(3))
+        root = types.SimpleNamespace(asset=self.materials, worldbody=self.geoms)
+        self.arena._texturing_geom_names, self.arena._texturing_material_names = [], []
+        with mock.patch.multiple(self.arena, _mjcf_root=root, _maze_body=self.walls):
+            type(self.arena).regenerate(self.arena, random)
+
+    def _frame(self, target):
+        return self.modules.mjcf.get_attachment_frame(target.mjcf_model)
+
+    def _xml(self) -> str:
+        xml = self.template
+        for name, sketch in (("materials", self.materials), ("geoms", self.geoms), ("walls", self.walls)):
+            xml = xml.replace(f"<!--{name}-->", "".join(sketch.lines))
+        for frame in map(self._frame, self.task._targets):
+            xml = xml.replace(f"position of {frame.full_identifier}", " ".join(repr(float(x)) for x in frame.pos))
+        return xml
+
+
+class Screen:
+    """Draws what cameras see, with OpenGL, in the thread that made it.
+
+    side: of the largest picture, in pixels. The package's is 640 by 480, its pixels are the same.
+    """
+
+    def __init__(self, maker: Maker, side: int):
+        self.mujoco, self.side = maker.modules.mujoco, side
+        self.gl = maker.modules.Renderer(side, side)
+        model = maker.textured_model()
+        with self.gl.make_current():
+            self.textures = self._context(model)
+        self.names = self._texture_names(model)
+        self.options, self.nothing = self.mujoco.MjvOption(), self.mujoco.MjvPerturb()
+        self.context = None
+
+    def show(self, episode: Episode):
+        """From now on its maze is the one that is drawn."""
+        self.hide()
+        self.model, self.data = model, data = episode.model, episode.data
+        assert self._texture_names(model) == self.names
+        with self.gl.make_current():
+            self.context = self._context(model)
+        self.own_textures = self.context.texture.copy()
+        self.context.texture[:] = self.textures.texture
+        self.scene = self.mujoco.MjvScene(model, model.ngeom + 100)
+        self.groups = model.geom_group.copy()
+
+        # (walls and floor, 4, 3), where their corners are: they are flat and never move.
+        [flat] = np.nonzero((model.geom_type == self.mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0))
+        axes = data.geom_xmat[flat].reshape(-1, 3, 3)[..., :2]
+        sides = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * model.geom_size[flat, None, :2]
+        self.flat, self.corners = flat, data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes, sides)
+
+    def draw(self, camera: str, side: int, everything: bool = True) -> np.ndarray:
+        """-> (side, side, 3) uint8. Without everything: what walls and floor are out of view are left out."""
+        mujoco, model, data = self.mujoco, self.model, self.data
+        view = mujoco.MjvCamera()
+        view.fixedcamid = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        model.geom_group[:] = self.groups
+        if not everything:
+            model.geom_group[self.flat[self._out_of_view(view.fixedcamid)]] = 5  # a group that is not drawn
+        mujoco.mjv_updateScene(
+            model, data, self.options, self.nothing, view, mujoco.mjtCatBit.mjCAT_ALL.value, self.scene
+        )
+        image, frame = np.empty((side, side, 3), np.uint8), mujoco.MjrRect(0, 0, side, side)
+        with self.gl.make_current():
+            mujoco.mjr_render(frame, self.scene, self.context)
+            mujoco.mjr_readPixels(image, None, frame, self.context)
+        return image[::-1]
+
+    def _out_of_view(self, camera: int) -> np.ndarray:
+        """-> (walls and floor,) bool: all four corners are beyond one and the same border of the square picture.
+
+        A camera looks along its -z, with x to the right and y up.
+        """
+        frame = self.data.cam_xmat[camera].reshape(3, 3)
+        x, y, z = np.moveaxis((self.corners - self.data.cam_xpos[camera]) @ frame, -1, 0)
+        reach = -z * np.tan(np.radians(self.model.cam_fovy[camera]) / 2) + 1e-3
+        return ((x > reach).all(1) | (x < -reach).all(1) | (y > reach).all(1) | (y < -reach).all(1) | (z > 0).all(1))
+
+    def _context(self, model):
+        model.vis.global_.offwidth = model.vis.global_.offheight = self.side
+        model.vis.quality.shadowsize = 0  # there is no lamp that could cast one, but the package keeps 64 MB for it
+        context = self.mujoco.MjrContext(model, self.mujoco.mjtFontScale.mjFONTSCALE_50)
+        self.mujoco.mjr_setBuffer(self.mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+        return context
+
+    def _texture_names(self, model) -> list[str]:
+        return [model.tex(i).name for i in range(model.ntex)]
+
+    def hide(self):
+        if self.context:
+            with self.gl.make_current():
+                self.context.texture[:] = self.own_textures  # the borrowed ones are kept for the next
+                self.context.free()
+            self.context = None
+
+    def close(self):
+        self.hide()
+        with self.gl.make_current():
+            self.textures.free()
+        self.gl.free()
+
+
+def episode_seed(seed: int, number: int) -> int:
+    """-> the package's seed of the episode of that number (0, 1, ...) after reset(seed=seed)"""
+    return seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+class MemoryMaze(gymnasium.Env):
+    """Memory Maze of one size, as a Gymnasium environment.
+
+    Observation: (64, 64, 3) uint8, framed by the colour of the object to be found. Actions: as ACTIONS says. Reward: 1
+    for touching that object, whereupon another one is drawn; else 0. Episodes end by their time limit alone, after
+    MAX_STEPS[size] steps: they are truncated, never terminated.
+
+    reset(seed=s) decides everything: the episode that follows is the first that the package plays with seed=s, and the
+    k-th after it (k = 1, 2, ...) the first that it plays with the seed that SeedSequence([s, k]) generates. An episode
+    does not depend on what was done in those before. Without any seed, s is drawn from the system's entropy.
+
+    render() shows people what the agent sees, larger, and beside it the maze from above. It changes nothing.
+
+    size: a key of MAX_STEPS. first_episode_steps: the very first episode ends after so many steps, with "staggered":
+    True in the info of the last, so that the environments of a vector, which are all of the same length, do not reset
+    all at once.
+
+    Raises ValueError for an argument that cannot be, CannotRun if something is not installed.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
+
+    def __init__(self, size: str = "9x9", render_mode: str | None = None, first_episode_steps: int | None = None):
+        if size not in MAX_STEPS:
+            raise ValueError(f"size {size}: there are {', '.join(MAX_STEPS)}")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode {render_mode}: there are None and rgb_array")
+        if first_episode_steps is not None and not 1 <= first_episode_steps <= MAX_STEPS[size]:
+            raise ValueError(f"first_episode_steps {first_episode_steps}: {size} has 1 to {MAX_STEPS[size]} steps")
+        check_requirements()
+        self.size, self.render_mode, self.first_episode_steps = size, render_mode, first_episode_steps
+        self.observation_space = spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
+        self.action_space = spaces.Discrete(len(ACTIONS))
+        self.maker = self.screen = self.next_episode = None
+        self.is_first = True
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if self.maker is None:
+            self.maker = Maker(self.size)
+            self.screen = Screen(self.maker, VIEW if self.render_mode is None else PICTURE)
+        if seed is not None or self.next_episode is None:
+            self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+            self.episode_number, self.next_episode = 0, self.maker.make(episode_seed(self.seed, 0))
+        self.episode = next(episode for episode in self.next_episode if episode)
+        self.screen.show(self.episode)
+        self.episode_number += 1
+        self.next_episode = self.maker.make(episode_seed(self.seed, self.episode_number))
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action: int):
+        reward = self._move(int(action))
+        self.steps += 1
+        if self.steps <= self.maker.PIECES:
+            next(self.next_episode)
+        truncated = self.steps == MAX_STEPS[self.size]
+        info = {}
+        if self.is_first and self.steps == self.first_episode_steps and not truncated:
+            truncated, info = True, {"staggered": True}
+        self.is_first &= not truncated
+        return self._observe(), reward, False, truncated, info
+
+    def _move(self, action: int) -> float:
+        """-> reward, after a quarter of a second: nothing but the targets reacts to a touch."""
+        episode, mujoco = self.episode, self.screen.mujoco
+        model, data, contacts = episode.model, episode.data, []
+        data.ctrl[:] = CONTROLS[action]
+        for _ in range(SUBSTEPS):
+            mujoco.mj_step2(model, data)
+            mujoco.mj_step1(model, data)
+            contacts.append(data.contact.geom.copy())  # a view, which the next substep overwrites
+        if data.warning.number.any():
+            raise RuntimeError("MuJoCo warns of a physical state that cannot be")
+        self.contacts = contacts = np.concatenate(contacts)  # (contacts of all substeps, 2), the geoms that touch
+        for i, geom in enumerate(episode.geoms):
+            episode.touched[i] |= bool((contacts == geom).any())
+
+        reward = 0.0
+        for i, material in enumerate(episode.materials):
+            if episode.touched[i]:
+                if i == episode.target:
+                    reward = 1.0
+                    episode.target = self._draw_target()
+                episode.touched[i] = False
+                model.mat_rgba[material, 3] = 1  # one that is touched at the very beginning is invisible until now
+        return reward
+
+    def _draw_target(self) -> int:
+        """-> one that is not being touched"""
+        while True:
+            target = self.episode.random.randint(len(self.episode.touched))
+            if not self.episode.touched[target]:
+                return target
+
+    def _observe(self) -> np.ndarray:
+        return self._frame(self.screen.draw("walker/egocentric", VIEW, everything=False))
+
+    def _frame(self, image: np.ndarray) -> np.ndarray:
+        """-> image with a border in the colour of the target, of 2 pixels in 64"""
+        width = 2 * len(image) // VIEW
+        framed = np.empty_like(image)
+        framed[:] = self.episode.colors[self.episode.target] * 255 * 0.7
+        framed[width:-width, width:-width] = image[width:-width, width:-width]
+        return framed
+
+    def render(self) -> np.ndarray:
+        """-> (384, 768, 3) uint8"""
+        view = self._frame(self.screen.draw("walker/egocentric", PICTURE))
+        return np.concatenate([view, self.screen.draw("top_camera", PICTURE)], axis=1)
+
+    def close(self):
+        if self.screen:
+            self.screen.close()
+            self.maker = self.screen = None
+
+
+for _size in MAX_STEPS:
+    gymnasium.register(f"MemoryMaze-{_size}-v0", entry_point=MemoryMaze, kwargs={"size": _size})
