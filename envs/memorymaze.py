@@ -83,6 +83,8 @@ def check_requirements():
 def load() -> types.SimpleNamespace:
     """-> the modules that play the game. Raises CannotRun."""
     check_requirements()
+    # Mesa would start a thread for each core in each process; for pictures this small more than one gains nothing.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
     if "memory_maze" not in sys.modules:
         # A module of that name and place, whose __init__, which imports gym, is not run.
         package = types.ModuleType("memory_maze")
@@ -91,12 +93,18 @@ def load() -> types.SimpleNamespace:
     import mujoco
     from dm_control import _render, mjcf
     from dm_control.composer import environment
+    from dm_control.mujoco.wrapper import MjModel
     from memory_maze import tasks
 
     # The ball cannot be given a velocity, and dm_control says so at each reset.
     logging.getLogger("absl").addFilter(lambda record: "no free joint" not in str(record.msg))
     return types.SimpleNamespace(
-        mujoco=mujoco, mjcf=mjcf, tasks=tasks, Renderer=_render.Renderer, Hooks=environment._EnvironmentHooks
+        mujoco=mujoco,
+        mjcf=mjcf,
+        tasks=tasks,
+        MjModel=MjModel,
+        Hooks=environment._EnvironmentHooks,
+        Renderer=_render.Renderer,
     )
 
 
@@ -183,8 +191,6 @@ class Maker:
         """-> a mujoco.MjModel with all textures as they are to be seen, and no walls."""
         return self.modules.mujoco.MjModel.from_xml_string(self.textured, self.files)
 
-    PIECES = 7  # that make yields, the last of which is the episode
-
     def make(self, seed: int) -> Iterator[Episode | None]:
         """Yields None after each piece of the work and then the Episode, the package's first with that seed."""
         mjcf, task, arena = self.modules.mjcf, self.task, self.arena
@@ -195,7 +201,9 @@ class Maker:
         yield
         xml = self._xml()
         yield
-        physics = mjcf.Physics.from_xml_string(xml)
+        model = self.modules.MjModel.from_xml_string(xml)
+        yield
+        physics = mjcf.Physics.from_model(model)
         yield
         self.hooks.after_compile(physics, random)
         yield
@@ -269,12 +277,13 @@ class Screen:
 
         # (walls and floor, 4, 3), where their corners are: they are flat and never move.
         [flat] = np.nonzero((model.geom_type == self.mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0))
-        axes = data.geom_xmat[flat].reshape(-1, 3, 3)[..., :2]
+        axes = data.geom_xmat[flat].reshape(-1, 3, 3)
         sides = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * model.geom_size[flat, None, :2]
-        self.flat, self.corners = flat, data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes, sides)
+        self.flat, self.fronts = flat, axes[..., 2]
+        self.corners = data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes[..., :2], sides)
 
     def draw(self, camera: str, side: int, everything: bool = True) -> np.ndarray:
-        """-> (side, side, 3) uint8. Without everything: what walls and floor are out of view are left out."""
+        """-> (side, side, 3) uint8. Without everything: the walls and floor that are out of view left out."""
         mujoco, model, data = self.mujoco, self.model, self.data
         view = mujoco.MjvCamera()
         view.fixedcamid = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
@@ -292,14 +301,17 @@ class Screen:
         return image[::-1]
 
     def _out_of_view(self, camera: int) -> np.ndarray:
-        """-> (walls and floor,) bool: all four corners are beyond one and the same border of the square picture.
+        """-> (walls and floor,) bool: those that cannot be seen from within the maze.
 
-        A camera looks along its -z, with x to the right and y up.
+        All four corners of one are beyond one and the same border of the square picture; or its back faces the camera,
+        and so the other sides of the wall, all of which are closed, hide it. A camera looks along its -z, with x to the
+        right and y up.
         """
-        frame = self.data.cam_xmat[camera].reshape(3, 3)
-        x, y, z = np.moveaxis((self.corners - self.data.cam_xpos[camera]) @ frame, -1, 0)
+        corners = self.corners - self.data.cam_xpos[camera]
+        x, y, z = np.moveaxis(corners @ self.data.cam_xmat[camera].reshape(3, 3), -1, 0)
         reach = -z * np.tan(np.radians(self.model.cam_fovy[camera]) / 2) + 1e-3
-        return ((x > reach).all(1) | (x < -reach).all(1) | (y > reach).all(1) | (y < -reach).all(1) | (z > 0).all(1))
+        beyond = (x > reach).all(1) | (x < -reach).all(1) | (y > reach).all(1) | (y < -reach).all(1) | (z > 0).all(1)
+        return beyond | ((corners[:, 0] * self.fronts).sum(1) > 0)
 
     def _context(self, model):
         model.vis.global_.offwidth = model.vis.global_.offheight = self.side
@@ -363,7 +375,7 @@ class MemoryMaze(gymnasium.Env):
         self.size, self.render_mode, self.first_episode_steps = size, render_mode, first_episode_steps
         self.observation_space = spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
         self.action_space = spaces.Discrete(len(ACTIONS))
-        self.maker = self.screen = self.next_episode = None
+        self.maker = self.screen = self.pieces = None
         self.is_first = True
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -371,27 +383,32 @@ class MemoryMaze(gymnasium.Env):
         if self.maker is None:
             self.maker = Maker(self.size)
             self.screen = Screen(self.maker, VIEW if self.render_mode is None else PICTURE)
-        if seed is not None or self.next_episode is None:
+        if seed is not None or self.pieces is None:
             self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-            self.episode_number, self.next_episode = 0, self.maker.make(episode_seed(self.seed, 0))
-        self.episode = next(episode for episode in self.next_episode if episode)
+            self._begin_making(0)
+        while self.made is None:
+            self.made = next(self.pieces)
+        self.episode = self.made
         self.screen.show(self.episode)
-        self.episode_number += 1
-        self.next_episode = self.maker.make(episode_seed(self.seed, self.episode_number))
+        self._begin_making(self.number + 1)
         self.steps = 0
         return self._observe(), {}
 
     def step(self, action: int):
         reward = self._move(int(action))
         self.steps += 1
-        if self.steps <= self.maker.PIECES:
-            next(self.next_episode)
+        if self.made is None:
+            self.made = next(self.pieces)
         truncated = self.steps == MAX_STEPS[self.size]
         info = {}
         if self.is_first and self.steps == self.first_episode_steps and not truncated:
             truncated, info = True, {"staggered": True}
         self.is_first &= not truncated
         return self._observe(), reward, False, truncated, info
+
+    def _begin_making(self, number: int):
+        """The episode of that number; the pieces of the work follow, one a step."""
+        self.number, self.made, self.pieces = number, None, self.maker.make(episode_seed(self.seed, number))
 
     def _move(self, action: int) -> float:
         """-> reward, after a quarter of a second: nothing but the targets reacts to a touch."""

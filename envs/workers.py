@@ -1,0 +1,220 @@
+"""Gymnasium environments in processes of their own, one each, which neither outlive the training nor hold it up.
+
+    envs = Workers([functools.partial(gymnasium.make, "envs.memorymaze:MemoryMaze-9x9-v0")] * 16)
+
+The name of the module before the colon has each worker import it, and so register the environment.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Callable, Sequence
+
+import gymnasium
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.utils import write_to_shared_memory
+
+GRACE = 5.0  # seconds: for workers to end when asked to, before they are killed
+
+
+class WorkerDied(RuntimeError):
+    """A worker's process ended without having been asked to."""
+
+
+class WorkerFailed(RuntimeError):
+    """An exception in a worker; its traceback is the note."""
+
+
+class Workers(AsyncVectorEnv):
+    """AsyncVectorEnv for long runs: spawned processes, shared memory, and a new episode in the step that ends one.
+
+    That step's observation is the new episode's first; the old one's last is in info["final_obs"], and its info in
+    info["final_info"] (AutoresetMode.SAME_STEP).
+
+    A worker ends with its parent, however that ends, and leaves Ctrl-C to it. Any method raises WorkerDied if a worker
+    has died, in one sentence with its number, its process and the reason, and WorkerFailed, in one sentence too, if an
+    environment raised an exception. After either only close() is of use. It never hangs.
+    """
+
+    def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env]]):
+        self.failure = None
+        self._starting = contextlib.ExitStack()
+        try:
+            with self._starting:
+                self._prepare_start()
+                super().__init__(env_fns, context="spawn", autoreset_mode=AutoresetMode.SAME_STEP, worker=_work)
+        except BaseException:
+            self.close(terminate=True)
+            raise
+
+    def _prepare_start(self):
+        """Changes what processes inherit, until _starting is closed."""
+        # A spawned process imports the program's main module again, and with it JAX: seconds and hundreds of megabytes
+        # for each worker. So let there be a main module of which it finds no file.
+        self._set(sys.modules, "__main__", types.ModuleType("__main__"))
+        # Libraries start threads for all cores when they are loaded. A worker is to use one.
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            self._set(os.environ, name, os.environ.get(name, "1"))
+        # Ctrl-C goes to all processes of a terminal. From their first moment on it is the parent's business.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        self._starting.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+
+    def _set(self, mapping, key, value):
+        # Not mock.patch.dict: that would also take back what others, such as imports, change meanwhile.
+        undo = (mapping.__setitem__, key, mapping[key]) if key in mapping else (mapping.pop, key)
+        self._starting.callback(*undo)
+        mapping[key] = value
+
+    def _check_spaces(self):  # the last that AsyncVectorEnv.__init__ does: all have been started
+        self._starting.close()
+        with self._watching():
+            super()._check_spaces()
+
+    @contextlib.contextmanager
+    def _watching(self):
+        if self.failure:
+            raise self.failure
+        try:
+            yield
+        except (EOFError, OSError):  # a pipe without a worker
+            self._raise_dead()
+
+    def _raise_dead(self):
+        ended = multiprocessing.connection.wait([process.sentinel for process in self.processes], GRACE)
+        dead = [(i, process) for i, process in enumerate(self.processes) if process.sentinel in ended]
+        for _, process in dead:
+            process.join()  # its exit code comes a moment after its pipes are closed
+        self.failure = WorkerDied("; ".join(_obituary(i, process) for i, process in dead))
+        raise self.failure from None
+
+    def _raise_if_errors(self, successes):
+        if all(successes):
+            return
+        try:
+            index, sentence, trace = self.error_queue.get(timeout=GRACE)
+        except queue.Empty:  # killed before it could tell
+            self._raise_dead()
+        self.failure = WorkerFailed(f"Worker {index} (process {self.processes[index].pid}) failed: {sentence}")
+        self.failure.add_note(trace)
+        raise self.failure
+
+    def reset_async(self, seed=None, options=None):
+        with self._watching():
+            super().reset_async(seed, options)
+
+    def reset_wait(self, timeout=None):
+        with self._watching():
+            return super().reset_wait(timeout)
+
+    def step_async(self, actions):
+        with self._watching():
+            super().step_async(actions)
+
+    def step_wait(self, timeout=None):
+        with self._watching():
+            return super().step_wait(timeout)
+
+    def call_async(self, name, /, *args, **kwargs):
+        with self._watching():
+            super().call_async(name, *args, **kwargs)
+
+    def call_wait(self, timeout=None):
+        with self._watching():
+            return super().call_wait(timeout)
+
+    def set_attr(self, name, values):
+        with self._watching():
+            super().set_attr(name, values)
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False):
+        """Asks the workers to end, and after so many seconds (default GRACE), or at once, kills those that did not."""
+        for pipe in getattr(self, "parent_pipes", []):
+            pipe.close()  # which a worker takes for the end
+        processes = [process for process in getattr(self, "processes", []) if process.pid is not None]
+        deadline = time.monotonic() + (0 if terminate else GRACE if timeout is None else timeout)
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _obituary(index: int, process) -> str:
+    code = process.exitcode
+    reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"Worker {index} (process {process.pid}) {reason}"
+
+
+def _work(index, env_fn, pipe, parent_pipe, shared_memory, error_queue, autoreset_mode, semaphore):
+    """What a worker does: the protocol of AsyncVectorEnv, for the ways of it that Workers uses."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent_pipe.close()
+    env = None
+    try:
+        env = env_fn()
+        while message := _receive(pipe):
+            answer = _answer(env, index, shared_memory, *message)
+            with contextlib.suppress(OSError):  # the parent has gone: nothing will be received, then
+                pipe.send((answer, True))
+    except BaseException as error:
+        sentence = " ".join(f"{type(error).__name__}: {error}".split())
+        error_queue.put((index, sentence, traceback.format_exc()))  # as text: not every exception can be pickled
+        with contextlib.suppress(OSError):
+            pipe.send((None, False))
+        while _receive(pipe):  # so that it is the failure that the parent learns of, not the end
+            pass
+    finally:
+        if env is not None:
+            env.close()
+
+
+def _receive(pipe):
+    """-> command and data, or None if the parent has closed its end"""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
+
+
+def _answer(env, index, shared_memory, command, data):
+    if command == "reset":
+        obs, info = env.reset(**data)
+        write_to_shared_memory(env.observation_space, index, obs, shared_memory)
+        return None, info
+    if command == "step":
+        obs, reward, terminated, truncated, info = env.step(data)
+        if terminated or truncated:
+            first_obs, first_info = env.reset()
+            obs, info = first_obs, {"final_info": info, "final_obs": obs} | first_info
+        write_to_shared_memory(env.observation_space, index, obs, shared_memory)
+        return None, reward, terminated, truncated, info
+    if command == "_call":
+        name, args, kwargs = data
+        attribute = env.get_wrapper_attr(name)
+        return attribute(*args, **kwargs) if callable(attribute) else attribute
+    if command == "_setattr":
+        return env.set_wrapper_attr(*data)
+    if command == "_check_spaces":
+        _, obs_space, action_space = data
+        return obs_space == env.observation_space, action_space == env.action_space
+    raise ValueError(f"unknown command {command}")
+
+
+def _end_with_parent():
+    """Waits, in a thread of its own, for the parent's end, and then ends this process whatever it is doing.
+
+    The sentinel is a pipe whose other end only the parent has; but its other children may have copies, if it forked.
+    """
+    parent = multiprocessing.parent_process()
+    while os.getppid() == parent.pid and not multiprocessing.connection.wait([parent.sentinel], 1.0):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
