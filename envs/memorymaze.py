@@ -277,10 +277,9 @@ class Screen:
 
         # (walls and floor, 4, 3), where their corners are: they are flat and never move.
         [flat] = np.nonzero((model.geom_type == self.mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0))
-        axes = data.geom_xmat[flat].reshape(-1, 3, 3)
+        axes = data.geom_xmat[flat].reshape(-1, 3, 3)[..., :2]
         sides = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * model.geom_size[flat, None, :2]
-        self.flat, self.fronts = flat, axes[..., 2]
-        self.corners = data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes[..., :2], sides)
+        self.flat, self.corners = flat, data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes, sides)
 
     def draw(self, camera: str, side: int, everything: bool = True) -> np.ndarray:
         """-> (side, side, 3) uint8. Without everything: the walls and floor that are out of view left out."""
@@ -301,17 +300,15 @@ class Screen:
         return image[::-1]
 
     def _out_of_view(self, camera: int) -> np.ndarray:
-        """-> (walls and floor,) bool: those that cannot be seen from within the maze.
+        """-> (walls and floor,) bool: all four corners are beyond one and the same border of the square picture.
 
-        All four corners of one are beyond one and the same border of the square picture; or its back faces the camera,
-        and so the other sides of the wall, all of which are closed, hide it. A camera looks along its -z, with x to the
-        right and y up.
+        A camera looks along its -z, with x to the right and y up. What is in view but hidden must be drawn: backs of
+        walls show through where two fronts meet, in a pixel of some pictures.
         """
         corners = self.corners - self.data.cam_xpos[camera]
         x, y, z = np.moveaxis(corners @ self.data.cam_xmat[camera].reshape(3, 3), -1, 0)
         reach = -z * np.tan(np.radians(self.model.cam_fovy[camera]) / 2) + 1e-3
-        beyond = (x > reach).all(1) | (x < -reach).all(1) | (y > reach).all(1) | (y < -reach).all(1) | (z > 0).all(1)
-        return beyond | ((corners[:, 0] * self.fronts).sum(1) > 0)
+        return (x > reach).all(1) | (x < -reach).all(1) | (y > reach).all(1) | (y < -reach).all(1) | (z > 0).all(1)
 
     def _context(self, model):
         model.vis.global_.offwidth = model.vis.global_.offheight = self.side

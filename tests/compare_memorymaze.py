@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,43 +61,48 @@ class Walker:
         return memorymaze.ACTIONS.index(side if abs(turn) > 0.7 else f"forward+{side}")
 
 
-class Contacts:
-    """Notes all contacts of a MuJoCo simulation, one array a substep."""
+class Step(NamedTuple):
+    action: int
+    obs: np.ndarray
+    reward: float
+    last: bool
+    contacts: np.ndarray  # (contacts of all substeps, 2), the geoms that touch
+    position: np.ndarray  # of the agent's joints
 
-    def __init__(self):
-        self.seen = []
 
-    def after_substep(self, physics, random):
-        self.seen.append(physics.data.contact.geom.copy())
-
-
-def compare(size: str, seed: int, steps: int, env=None, follow=True) -> dict:
-    """-> counts. Raises AssertionError at the first difference."""
-    tasks = memorymaze.load().tasks
-    package = getattr(tasks, f"memory_maze_{size}")(image_only_obs=True, seed=seed)
-    contacts = Contacts()
-    package.add_extra_hook("after_substep", contacts.after_substep)
-    env = env or memorymaze.MemoryMaze(size)
-    np.testing.assert_array_equal(env.reset(seed=seed)[0], package.reset().observation)
-    walker = Walker(package, seed)
-    counts = {"steps": 0, "reward": 0.0, "touches": 0, "contacts": 0}
-    for step in range(steps):
+def record(size: str, seed: int, num_steps: int) -> tuple[np.ndarray, list[Step]]:
+    """-> the package's first observation and what follows"""
+    package = getattr(memorymaze.load().tasks, f"memory_maze_{size}")(image_only_obs=True, seed=seed)
+    contacts = []
+    package.add_extra_hook("after_substep", lambda physics, _: contacts.append(physics.data.contact.geom.copy()))
+    first_obs, walker, steps = package.reset().observation, Walker(package, seed), []
+    for _ in range(num_steps):
+        contacts.clear()
         action = walker.action()
-        contacts.seen.clear()
-        expected = package.step(action)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        assert np.array_equal(obs, expected.observation), f"seed {seed}, step {step}: another observation"
-        assert reward == expected.reward, f"seed {seed}, step {step}: reward {reward}, not {expected.reward}"
-        assert (terminated, truncated) == (False, expected.last()), f"seed {seed}, step {step}: another end"
-        seen = np.concatenate(contacts.seen)
-        assert np.array_equal(env.contacts, seen), f"seed {seed}, step {step}: other contacts"
-        assert np.array_equal(env.episode.data.qpos, package.physics.data.qpos)
+        time_step = package.step(action)
+        position = package.physics.data.qpos.copy()
+        result = time_step.observation, time_step.reward, time_step.last(), np.concatenate(contacts), position
+        steps.append(Step(action, *result))
+    package.close()
+    return first_obs, steps
+
+
+def check(env: memorymaze.MemoryMaze, seed: int, first_obs: np.ndarray, steps: list[Step]) -> dict:
+    """-> counts. Raises AssertionError at the first difference."""
+    assert np.array_equal(env.reset(seed=seed)[0], first_obs), f"seed {seed}: another first observation"
+    counts = {"steps": 0, "reward": 0.0, "steps with touches": 0, "contacts": 0}
+    for i, step in enumerate(steps):
+        obs, reward, terminated, truncated, _ = env.step(step.action)
+        where = f"seed {seed}, step {i}"
+        assert np.array_equal(env.episode.data.qpos, step.position), f"{where}: another position"
+        assert np.array_equal(env.contacts, step.contacts), f"{where}: other contacts"
+        assert reward == step.reward, f"{where}: reward {reward}, not {step.reward}"
+        assert np.array_equal(obs, step.obs), f"{where}: another observation"
+        assert (terminated, truncated) == (False, step.last), f"{where}: another end"
         counts["steps"] += 1
         counts["reward"] += reward
-        counts["touches"] += int(np.isin(seen, env.episode.geoms).any())
-        counts["contacts"] += len(seen)
-    env.close()
-    package.close()
+        counts["steps with touches"] += int(np.isin(step.contacts, env.episode.geoms).any())
+        counts["contacts"] += len(step.contacts)
     return counts
 
 
@@ -109,7 +115,9 @@ def main():
     for size in [args.size] if args.size else memorymaze.MAX_STEPS:
         for seed in args.seeds:
             start = time.time()
-            counts = compare(size, seed, args.steps or memorymaze.MAX_STEPS[size])
+            env = memorymaze.MemoryMaze(size)
+            counts = check(env, seed, *record(size, seed, args.steps or memorymaze.MAX_STEPS[size]))
+            env.close()
             print(f"{size}, seed {seed}: the same. {counts}, {time.time() - start:.0f} s", flush=True)
 
 
