@@ -85,6 +85,8 @@ def load() -> types.SimpleNamespace:
     check_requirements()
     # Mesa would start a thread for each core in each process; for pictures this small more than one gains nothing.
     os.environ.setdefault("LP_NUM_THREADS", "0")
+    # dm_control would draw with OSMesa in a thread of its own, and fail at exit if an environment was not closed.
+    os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "1")
     if "memory_maze" not in sys.modules:
         # A module of that name and place, whose __init__, which imports gym, is not run.
         package = types.ModuleType("memory_maze")
@@ -257,8 +259,7 @@ class Screen:
         self.mujoco, self.side = maker.modules.mujoco, side
         self.gl = maker.modules.Renderer(side, side)
         model = maker.textured_model()
-        with self.gl.make_current():
-            self.textures = self._context(model)
+        self.textures = self._on_gl(self._context, model)
         self.names = self._texture_names(model)
         self.options, self.nothing = self.mujoco.MjvOption(), self.mujoco.MjvPerturb()
         self.context = None
@@ -268,8 +269,7 @@ class Screen:
         self.hide()
         self.model, self.data = model, data = episode.model, episode.data
         assert self._texture_names(model) == self.names
-        with self.gl.make_current():
-            self.context = self._context(model)
+        self.context = self._on_gl(self._context, model)
         self.own_textures = self.context.texture.copy()
         self.context.texture[:] = self.textures.texture
         self.scene = self.mujoco.MjvScene(model, model.ngeom + 100)
@@ -294,9 +294,8 @@ class Screen:
             model, data, self.options, self.nothing, view, mujoco.mjtCatBit.mjCAT_ALL.value, self.scene
         )
         image, frame = np.empty((side, side, 3), np.uint8), mujoco.MjrRect(0, 0, side, side)
-        with self.gl.make_current():
-            mujoco.mjr_render(frame, self.scene, self.context)
-            mujoco.mjr_readPixels(image, None, frame, self.context)
+        self._on_gl(mujoco.mjr_render, frame, self.scene, self.context)
+        self._on_gl(mujoco.mjr_readPixels, image, None, frame, self.context)
         return image[::-1]
 
     def _out_of_view(self, camera: int) -> np.ndarray:
@@ -310,6 +309,10 @@ class Screen:
         reach = -z * np.tan(np.radians(self.model.cam_fovy[camera]) / 2) + 1e-3
         return (x > reach).all(1) | (x < -reach).all(1) | (y > reach).all(1) | (y < -reach).all(1) | (z > 0).all(1)
 
+    def _on_gl(self, function, *args):
+        with self.gl.make_current() as thread:
+            return thread.call(function, *args)
+
     def _context(self, model):
         model.vis.global_.offwidth = model.vis.global_.offheight = self.side
         model.vis.quality.shadowsize = 0  # there is no lamp that could cast one, but the package keeps 64 MB for it
@@ -322,15 +325,13 @@ class Screen:
 
     def hide(self):
         if self.context:
-            with self.gl.make_current():
-                self.context.texture[:] = self.own_textures  # the borrowed ones are kept for the next
-                self.context.free()
+            self.context.texture[:] = self.own_textures  # the borrowed ones are kept for the next
+            self._on_gl(self.context.free)
             self.context = None
 
     def close(self):
         self.hide()
-        with self.gl.make_current():
-            self.textures.free()
+        self._on_gl(self.textures.free)
         self.gl.free()
 
 
@@ -417,7 +418,7 @@ class MemoryMaze(gymnasium.Env):
             mujoco.mj_step1(model, data)
             contacts.append(data.contact.geom.copy())  # a view, which the next substep overwrites
         if data.warning.number.any():
-            raise RuntimeError("MuJoCo warns of a physical state that cannot be")
+            raise RuntimeError("MuJoCo warns that the physics has become unstable")
         self.contacts = contacts = np.concatenate(contacts)  # (contacts of all substeps, 2), the geoms that touch
         for i, geom in enumerate(episode.geoms):
             episode.touched[i] |= bool((contacts == geom).any())
