@@ -5,6 +5,7 @@
 The name of the module before the colon has each worker import it, and so register the environment.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.connection
@@ -16,12 +17,14 @@ import threading
 import time
 import traceback
 import types
+import weakref
 from collections.abc import Callable, Sequence
 
 import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.utils import write_to_shared_memory
 
+LEFT_TO_PARENT = {signal.SIGINT, signal.SIGTERM}
 GRACE = 5.0  # seconds: for workers to end when asked to, before they are killed
 
 
@@ -39,14 +42,16 @@ class Workers(AsyncVectorEnv):
     That step's observation is the new episode's first; the old one's last is in info["final_obs"], and its info in
     info["final_info"] (AutoresetMode.SAME_STEP).
 
-    A worker ends with its parent, however that ends, and leaves Ctrl-C to it. Any method raises WorkerDied if a worker
-    has died, in one sentence with its number, its process and the reason, and WorkerFailed, in one sentence too, if an
-    environment raised an exception. After either only close() is of use. It never hangs.
+    A worker ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it. Any method raises WorkerDied
+    if a worker has died, in one sentence with its number, its process and the reason, and WorkerFailed, in one sentence
+    too, if an environment raised an exception. After either only close() is of use. It never hangs.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env]]):
         self.failure = None
         self._starting = contextlib.ExitStack()
+        # Before multiprocessing's own, which would send SIGTERM and wait.
+        atexit.register(_close, weakref.ref(self))
         try:
             with self._starting:
                 self._prepare_start()
@@ -63,8 +68,9 @@ class Workers(AsyncVectorEnv):
         # Libraries start threads for all cores when they are loaded. A worker is to use one.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             self._set(os.environ, name, os.environ.get(name, "1"))
-        # Ctrl-C goes to all processes of a terminal. From their first moment on it is the parent's business.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C goes to all processes of a terminal, a scheduler's SIGTERM often to all of a job. The parent may have
+        # something to finish, so from their first moment on its workers leave both to it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
         self._starting.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
 
     def _set(self, mapping, key, value):
@@ -147,6 +153,11 @@ class Workers(AsyncVectorEnv):
                 process.join()
 
 
+def _close(workers: weakref.ref):
+    if envs := workers():
+        envs.close(terminate=True)
+
+
 def _obituary(index: int, process) -> str:
     code = process.exitcode
     reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -155,7 +166,8 @@ def _obituary(index: int, process) -> str:
 
 def _work(index, env_fn, pipe, parent_pipe, shared_memory, error_queue, autoreset_mode, semaphore):
     """What a worker does: the protocol of AsyncVectorEnv, for the ways of it that Workers uses."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in LEFT_TO_PARENT:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     parent_pipe.close()
     env = None

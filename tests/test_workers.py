@@ -160,7 +160,7 @@ def test_closing_while_a_worker_is_busy(make, monkeypatch):
 
 
 PROGRAM = """
-import sys
+import signal, sys, time
 print("main module imported", flush=True)
 import jax
 import numpy as np
@@ -172,6 +172,7 @@ def make_env():
     return Tiny(100)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     envs = Workers([make_env] * 2)
     assert __name__ == "__main__" and sys.modules["__main__"].__file__
     modules = envs.call("modules")[0]
@@ -204,10 +205,10 @@ def start(tmp_path, action, after="pass"):
 
 
 @LINUX
-@pytest.mark.parametrize("action", ["input()", "envs.step(np.array([WAIT, LOOP]))"], ids=["idle", "busy"])
+@pytest.mark.parametrize("action", ["time.sleep(60)", "envs.step(np.array([WAIT, LOOP]))"], ids=["idle", "busy"])
 def test_no_orphans(tmp_path, action):
     """The parent is killed while its workers wait for it, or are in the middle of a step."""
-    program, pids, written = start(tmp_path, "import time; time.sleep(60)" if action == "input()" else action)
+    program, pids, written = start(tmp_path, action)
     assert written.count("main module imported") == 1  # by no worker
     assert "heavy [] ('1', '1')" in written
     time.sleep(0.5)
@@ -231,10 +232,19 @@ def in_session(session: int) -> list[int]:
 
 
 @LINUX
-def test_ctrl_c_is_left_to_the_parent(tmp_path):
-    """All processes get it, as from a terminal; the workers go on to serve until they are closed."""
-    program, pids, _ = start(tmp_path, "import time; time.sleep(60)", after="print(envs.reset(seed=1)[0].shape)")
-    os.killpg(program.pid, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_left_to_the_parent(tmp_path, number):
+    """All processes get them, as from a terminal; the workers go on to serve until they are closed."""
+    program, pids, _ = start(tmp_path, "time.sleep(60)", after="print(envs.reset(seed=1)[0].shape)")
+    os.killpg(program.pid, number)
     written, _ = program.communicate(timeout=60)
     assert written == "interrupted\n(2, 2)\nclosed\n"
+    assert program.returncode == 0 and not any(alive(pid) for pid in pids)
+
+
+@LINUX
+@pytest.mark.parametrize("action", ["pass", "envs.step_async(np.array([WAIT, LOOP]))"])
+def test_a_program_that_does_not_close_ends(tmp_path, action):
+    program, pids, _ = start(tmp_path, action)
+    assert program.communicate(timeout=30) == ("", None)
     assert program.returncode == 0 and not any(alive(pid) for pid in pids)
