@@ -87,7 +87,7 @@ class Workers(AsyncVectorEnv):
     @contextlib.contextmanager
     def _watching(self):
         if self.failure:
-            raise self.failure
+            self._raise_failure()
         try:
             yield
         except (EOFError, OSError):  # a pipe without a worker
@@ -98,8 +98,15 @@ class Workers(AsyncVectorEnv):
         dead = [(i, process) for i, process in enumerate(self.processes) if process.sentinel in ended]
         for _, process in dead:
             process.join()  # its exit code comes a moment after its pipes are closed
-        self.failure = WorkerDied("; ".join(_obituary(i, process) for i, process in dead))
-        raise self.failure from None
+        self.failure = WorkerDied, "; ".join(_obituary(i, process) for i, process in dead), None
+        self._raise_failure()
+
+    def _raise_failure(self):
+        kind, sentence, trace = self.failure
+        error = kind(sentence)
+        if trace:
+            error.add_note(trace)
+        raise error from None
 
     def _raise_if_errors(self, successes):
         if all(successes):
@@ -108,9 +115,9 @@ class Workers(AsyncVectorEnv):
             index, sentence, trace = self.error_queue.get(timeout=GRACE)
         except queue.Empty:  # killed before it could tell
             self._raise_dead()
-        self.failure = WorkerFailed(f"Worker {index} (process {self.processes[index].pid}) failed: {sentence}")
-        self.failure.add_note(trace)
-        raise self.failure
+        sentence = f"Worker {index} (process {self.processes[index].pid}) failed: {sentence}"
+        self.failure = WorkerFailed, sentence, trace
+        self._raise_failure()
 
     def reset_async(self, seed=None, options=None):
         with self._watching():
