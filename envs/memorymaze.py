@@ -374,11 +374,11 @@ class MemoryMaze(gymnasium.Env):
         self.observation_space = spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
         self.action_space = spaces.Discrete(len(ACTIONS))
         self.maker = self.screen = self.pieces = None
-        self.is_first = True
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
-        if self.maker is None:
+        self.is_first = self.maker is None
+        if self.is_first:
             self.maker = Maker(self.size)
             self.screen = Screen(self.maker, VIEW if self.render_mode is None else PICTURE)
         if seed is not None or self.pieces is None:
@@ -401,7 +401,6 @@ class MemoryMaze(gymnasium.Env):
         info = {}
         if self.is_first and self.steps == self.first_episode_steps and not truncated:
             truncated, info = True, {"staggered": True}
-        self.is_first &= not truncated
         return self._observe(), reward, False, truncated, info
 
     def _begin_making(self, number: int):

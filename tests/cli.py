@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from common import CRAFTAX, data, quick_compiler_options
+from common import CRAFTAX, MEMORYMAZE, data, quick_compiler_options
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -39,6 +39,9 @@ SMALL_FLAGS = {
     "ppo_gtrxl_mysterypath": PICTURES + LAYERS + "--memory-len 6",
     "ppo_agalite_craftax": SYMBOLS + LAYERS + "--d-ffc 16 --eta 2 --r 1",
     "ppo_gtrxl_craftax": SYMBOLS + LAYERS + "--memory-len 6",
+    "ppo_lstm_memorymaze": PICTURES + "--hidden-size 16",
+    "ppo_agalite_memorymaze": PICTURES + LAYERS + "--d-ffc 16 --eta 2 --r 1",
+    "ppo_gtrxl_memorymaze": PICTURES + LAYERS + "--memory-len 6",
 }
 BATCH = 4 * 16  # environment steps of an update with these flags
 
@@ -53,10 +56,10 @@ ENVIRONMENT = dict(
 
 
 def start(script: str, *flags, cwd: Path, small: bool = True, stand_in: bool = True, **options) -> subprocess.Popen:
-    """Starts `python script.py flags` in cwd; of Craftax with the stand-in for the game, unless told otherwise."""
+    """Starts `python script.py flags` in cwd; of Craftax and Memory Maze with a stand-in, unless told otherwise."""
     small_flags = SMALL_FLAGS[script].split() if small else []
     program = [REPOSITORY / f"{script}.py"]
-    if script in CRAFTAX and stand_in:
+    if script in CRAFTAX + MEMORYMAZE and stand_in:
         program = [REPOSITORY / "tests" / "with_stand_in.py", script]
     command = [sys.executable, *map(str, program), *small_flags, *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

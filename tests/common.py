@@ -19,6 +19,7 @@ TMAZE = ["ppo_agalite_tmaze", "ppo_galite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_t
 MYSTERYPATH = ["ppo_agalite_mysterypath", "ppo_gtrxl_mysterypath"]
 CRAFTAX = ["ppo_agalite_craftax", "ppo_gtrxl_craftax"]
 SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX
+MEMORYMAZE = ["ppo_lstm_memorymaze", "ppo_agalite_memorymaze", "ppo_gtrxl_memorymaze"]  # see test_memorymaze_scripts
 FIRST = SCRIPTS[:1]  # for tests of what is the same text in all of them (tests/test_sync.py) and knows no model
 
 # Small and all different, so that no two axes can be taken for each other. A script takes the fields it has.
