@@ -3,7 +3,7 @@
     python ppo_agalite_memorymaze.py --env-id MemoryMaze-9x9-v0
 
 In a maze drawn anew for each episode lie objects of different colours. From pictures of 64 x 64 pixels the agent must
-find the one whose colour frames them, again and again, for 1000 steps, and so do well to remember where each of them is
+find the one whose colour frames them, again and again, and so does well to remember where each of them is
 (Pasukonis et al., "Evaluating Long-Term Memory in 3D Mazes", ICLR 2023). The memory is AGaLiTe: Pramanik, Elelimy,
 Machado and White, "AGaLiTe: Approximate Gated Linear Transformers for Online Reinforcement Learning", TMLR 2024
 (arXiv 2310.15719), behind the residual encoder of IMPALA (Espeholt et al. 2018). Its authors show results on Memory
@@ -13,7 +13,9 @@ What to learn here: how PPO goes with environments that are processes on the CPU
 which one half of the environments steps while the agent acts for the other; all that comes after it is the same text
 as in ppo_agalite_mysterypath.py. To compare memories, `diff` with ppo_lstm_memorymaze.py or ppo_gtrxl_memorymaze.py.
 
-What to expect: it learns the cue of small pictures (tests/test_learning.py). The paper's agents take 100M steps.
+What to expect: not trained at this size yet; the environment's authors give their agents 100M steps. README's small
+size makes 60 steps/s on a CPU core. A small cue task it learns, and only with its memory
+(tests/test_memorymaze_scripts.py).
 
 Letters of the axes, time first throughout:
     T time steps   B environments   b environments of a half   D d_model   H heads   d d_head   e eta
@@ -87,8 +89,8 @@ class Args:
     evaluate: str = ""
     """folder of a run whose newest checkpoint is evaluated, without training"""
     eval_episodes: int = 32
-    """episodes of an evaluation, each in an environment of its own
-    here shared out evenly over the environments, before any begins"""
+    """episodes of an evaluation
+    shared out evenly over the environments, before any begins"""
     capture_video: bool = False
     """draw an episode of the final policy as an animated picture in the run folder"""
     track: bool = False
@@ -512,8 +514,13 @@ class Learner(NamedTuple):
     update: jax.Array  # () int32, updates done
 
 
+# What seeds of episodes begin with, lest those of an evaluation be met in training.
+TRAINING, EVALUATION = range(2)
+
+
 class HostRunner(NamedTuple):
-    """All that lasts: a checkpoint is this. Mazes, and what the agent remembers of them, begin anew at a resume."""
+    """What goes from update to update; a checkpoint is its learner. The episodes, and what the agent remembers of them,
+    are in `Half` and begin anew at a resume."""
 
     learner: Learner
 
@@ -525,11 +532,12 @@ class Half:
         self.agent, self.workers = agent, workers
 
     def begin(self, seeds: np.random.SeedSequence, whole: bool):
-        """New episodes, decided by the seeds. whole: they are not cut short, so that they tell what they tell."""
+        """New episodes, decided by the seeds. whole: they are not cut short (`make_env`), so they count."""
         b = self.workers.num_envs
         self.obs, _ = self.workers.reset(seed=seeds.generate_state(b).tolist())
         self.reset = np.ones(b, bool)  # obs is the first of an episode
-        self.memory, self.noise = self.agent.initial_memory(b), jnp.zeros((b, self.agent.num_actions))
+        nothing = self.agent.initial_memory(b), jnp.zeros((b, self.agent.num_actions))
+        self.memory, self.noise = jax.device_put(nothing, jax.local_devices()[0])  # said, or act is compiled once more
         self.episodic_return, self.episodic_length = np.zeros(b), np.zeros(b, int)
         self.whole = np.full(b, whole)
 
@@ -573,7 +581,7 @@ def act(args: Args, agent: nn.Module, params, key: jax.Array, obs, reset, noise,
     return noise, action, log_prob_of(logits, action), value, memory
 
 
-def host_rollout(args: Args, act, params, halves: list[Half], key: jax.Array):
+def host_rollout(args: Args, acts, params, halves: list[Half], key: jax.Array):
     """Acts for T steps -> transitions (T, B), value of the observation then (B,), whole episodes that ended.
 
     The halves take turns: while the workers of one step, the agent acts for the other. B are this process' own.
@@ -590,7 +598,7 @@ def host_rollout(args: Args, act, params, halves: list[Half], key: jax.Array):
         for half, taken, step_key in zip(halves, steps, keys[t], strict=True):
             if t > 0:
                 receive(half, taken)
-            acted = act(params, step_key, half.obs, half.reset, half.noise, half.memory)
+            acted = acts(params, step_key, half.obs, half.reset, half.noise, half.memory)
             half.noise, action, log_prob, value, half.memory = acted
             half.workers.step_async(np.asarray(action))
             taken.append(Transition(half.obs, half.reset, half.noise, action, log_prob, value, None, None))
@@ -599,7 +607,7 @@ def host_rollout(args: Args, act, params, halves: list[Half], key: jax.Array):
 
     stacked = [jax.tree.map(lambda *x: np.stack(x), *taken) for taken in steps]  # (T, b, ...) each
     transitions = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *stacked)  # (T, B, ...)
-    last = [act(params, key, half.obs, half.reset, half.noise, half.memory)[3] for half in halves]
+    last = [acts(params, key, half.obs, half.reset, half.noise, half.memory)[3] for half in halves]
     return transitions, np.concatenate(last), ended
 
 
@@ -691,7 +699,7 @@ def learn(args: Args, agent: nn.Module, optimizer, learner: Learner, key, memory
 
 def learn_from(args: Args, agent: nn.Module, optimizer, learner: Learner, memory, transitions, last_value):
     """The learning from a rollout -> learner, metrics."""
-    key, _, learn_key = jax.random.split(learner.key, 3)
+    key, _, learn_key = jax.random.split(learner.key, 3)  # the second is for the rollout, in host_update
     advantage = compute_gae(transitions, last_value, args.gamma, args.gae_lambda)  # (T, B)
     target = transitions.value + compute_gae(transitions, last_value, args.gamma, args.critic_lambda)  # (T, B)
     batch = (transitions, advantage, target)
@@ -704,32 +712,43 @@ def learn_from(args: Args, agent: nn.Module, optimizer, learner: Learner, memory
 
 
 def local(tree):
-    """A copy, on this process' first device, of what is the same on all."""
+    """What is the same on all devices, as it is on this process' first."""
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
-def host_update(args: Args, act, learn, shardings, halves: list[Half], checkpoints, runner: HostRunner):
-    """A rollout in this process' environments, and the learning from those of all -> runner, metrics (1,) each."""
+def unless_one_fails(function, *arguments):
+    """function(*arguments) in every process, or an exception in every one if a worker of one has failed in it."""
+    try:
+        result, failed = function(*arguments), None
+    except (WorkerDied, WorkerFailed) as error:
+        result, failed = None, error
+    if agreed([1] if failed else []):
+        raise failed or WorkerDied("A worker of another process has failed")
+    return result
+
+
+def host_update(args: Args, acts, learns, shardings, halves: list[Half], checkpoints, runner: HostRunner):
+    """A rollout in this process' environments, and the learning from those of all -> runner, metrics (1,) each.
+
+    acts and learns are `act` and `learn_from`, compiled.
+    """
     learner = runner.learner
     params, key = local((learner.params, learner.key))
-    rollout_key = jax.random.fold_in(jax.random.split(key, 3)[1], jax.process_index())
+    rollout_key = jax.random.fold_in(jax.random.split(key, 3)[1], jax.process_index())  # learn_from has the others
     memory = jax.tree.map(lambda *x: np.concatenate(x), *[half.memory for half in halves])
     try:
-        rollout, failed = host_rollout(args, act, params, halves, rollout_key), None
+        transitions, last_value, ended = unless_one_fails(host_rollout, args, acts, params, halves, rollout_key)
     except (WorkerDied, WorkerFailed) as error:
-        failed = error
-    if agreed([1] if failed else []):
         number = updates_done(learner)
         save(args, checkpoints, number, runner)
         how = f"saved after update {number}; to go on: python {sys.argv[0]} --resume {checkpoints.directory.parent}"
-        raise SystemExit(f"{failed or 'a worker of another process failed'}; {how}")
-    transitions, last_value, ended = rollout
+        raise SystemExit(f"{told(error)}; {how}") from None
     by_time, by_env, _ = shardings
     spread = lambda sharding, tree: jax.tree.map(
         functools.partial(jax.make_array_from_process_local_data, sharding), tree
     )
     batch = spread(by_env, memory), spread(by_time, transitions), spread(by_env, last_value)
-    learner, metrics = learn(learner, *batch)
+    learner, metrics = learns(learner, *batch)
 
     totals = np.array([[len(ended), *np.sum([x[1:] for x in ended], axis=0)]] if ended else np.zeros((1, 3)))
     totals = totals if jax.process_count() == 1 else multihost_utils.process_allgather(totals[0])
@@ -740,18 +759,18 @@ def host_update(args: Args, act, learn, shardings, halves: list[Half], checkpoin
     return HostRunner(learner), metrics
 
 
-def host_evaluate(args: Args, choose, params, halves: list[Half], key: jax.Array) -> dict[str, np.ndarray]:
-    """args.eval_episodes fresh episodes, each to its own end -> return, length (E,).
+def host_evaluate(args: Args, chooses, params, halves: list[Half], key: jax.Array) -> np.ndarray:
+    """This process' share of args.eval_episodes fresh episodes, each to its own end -> returns and lengths (E, 2).
 
     Each environment has its number of episodes before they begin; taking those that end first would favour short ones.
     """
-    seeds = np.random.SeedSequence([args.seed, args.eval_episodes]).spawn(2)
-    num_envs = sum(half.workers.num_envs for half in halves)
-    left = np.full(num_envs, args.eval_episodes // num_envs) + (np.arange(num_envs) < args.eval_episodes % num_envs)
-    left, results = np.split(left, 2), []
+    index, num_envs = jax.process_index(), sum(half.workers.num_envs for half in halves)
+    share = lambda number, among: number // among + (np.arange(among) < number % among)
+    left = np.split(share(share(args.eval_episodes, jax.process_count())[index], num_envs), 2)
+    seeds = np.random.SeedSequence([EVALUATION, args.seed, index]).spawn(2)
     for half, half_seeds in zip(halves, seeds, strict=True):
         half.begin(half_seeds, whole=True)
-    waits = [False, False]
+    results, waits = [], [False, False]
     while any(rest.any() for rest in left):
         for i, half in enumerate(halves):
             if waits[i]:
@@ -762,9 +781,9 @@ def host_evaluate(args: Args, choose, params, halves: list[Half], key: jax.Array
             waits[i] = left[i].any()
             if waits[i]:
                 key, act_key = jax.random.split(key)
-                action, half.memory = choose(params, act_key, half.obs, half.reset, half.memory)
+                action, half.memory = chooses(params, act_key, half.obs, half.reset, half.memory)
                 half.workers.step_async(np.asarray(action))
-    return dict(zip(("episodic_return", "episodic_length"), np.array(results).T, strict=True))
+    return np.array(results).reshape(-1, 2)
 
 
 def choose(agent: nn.Module, greedy: bool, params, key: jax.Array, obs, reset, memory):
@@ -992,13 +1011,13 @@ def plot_learning_curve(folder: Path) -> None:
     figure.savefig(folder / "learning_curve.png", dpi=150)
 
 
-def host_record_video(args: Args, choose, agent: nn.Module, params, key: jax.Array, path: Path) -> None:
+def host_record_video(args: Args, chooses, agent: nn.Module, params, key: jax.Array, path: Path) -> None:
     """Plays the first 300 steps of an episode with sampled actions and draws them as an animated picture."""
     env = make_env(args)(render_mode="rgb_array")
-    (obs, _), memory, done, frames, total = env.reset(seed=args.seed), agent.initial_memory(1), True, [], 0.0
-    while not (frames and done) and len(frames) < 300:
+    (obs, _), memory, done, frames, total = env.reset(seed=args.seed), agent.initial_memory(1), False, [], 0.0
+    while not done and len(frames) < 300:
         key, act_key = jax.random.split(key)
-        action, memory = choose(params, act_key, obs[None], np.array([not frames]), memory)
+        action, memory = chooses(params, act_key, obs[None], np.array([not frames]), memory)
         picture = Image.fromarray(env.render())
         text = f"step {len(frames)}   return {total:g}   {ACTIONS[int(action[0])]}"
         ImageDraw.Draw(picture).text((12, 12), text, fill="white", stroke_width=2, stroke_fill="black")
@@ -1010,27 +1029,45 @@ def host_record_video(args: Args, choose, agent: nn.Module, params, key: jax.Arr
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [2000], loop=0)
 
 
+def told(error: Exception) -> str:
+    """What to say of it: where in a worker it was raised, if anywhere, and last the sentence."""
+    return "\n".join([*getattr(error, "__notes__", []), str(error)])
+
+
+def gather_rows(rows: np.ndarray, most: int) -> np.ndarray:
+    """The rows (n, k) of all processes, of at most so many each."""
+    if jax.process_count() == 1:
+        return rows
+    padded = np.full((most, rows.shape[1]), np.nan)
+    padded[: len(rows)] = rows
+    padded = multihost_utils.process_allgather(padded).reshape(-1, rows.shape[1])
+    return padded[~np.isnan(padded[:, 0])]
+
+
 def host_report(args: Args, agent: nn.Module, runner: HostRunner, folder: Path, halves: list[Half], tracker) -> None:
     """Evaluates the final parameters, with sampled and with greedy actions, and draws what there is to see."""
-    if jax.process_index() > 0:
-        return
-    params, results = local(runner.learner.params), {}
+    params, results, chief = local(runner.learner.params), {}, jax.process_index() == 0
     kinds = {kind: jax.jit(functools.partial(choose, agent, kind == "greedy")) for kind in ("sampled", "greedy")}
     for number, (kind, chooses) in enumerate(kinds.items()):
-        key = jax.random.fold_in(jax.random.key(args.seed), number)
-        result = host_evaluate(args, chooses, params, halves, key)
-        results[kind] = {name: [value.mean()] for name, value in result.items()}
-        shown = [f"{name.removeprefix('episodic_')} {interval(x)}" for name, x in result.items()]
-        print(f"evaluation with {kind} actions, {args.eval_episodes} episodes: {', '.join(shown)}")
-    (folder / "evaluation.json").write_text(json.dumps(results, indent=2))
-    plot_learning_curve(folder)
-    if args.capture_video:
-        path = folder / "videos" / "episode.gif"
-        host_record_video(args, kinds["sampled"], agent, params, jax.random.key(args.seed), path)
-    if tracker:
-        tracker.log({f"eval/{name}": np.mean(value) for name, value in results["sampled"].items()})
-        tracker.finish()
-    print(f"all of it is in {folder}")
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(args.seed), number), jax.process_index())
+        rows = unless_one_fails(host_evaluate, args, chooses, params, halves, key)
+        rows = gather_rows(rows, args.eval_episodes)  # (E, 2)
+        result = dict(zip(("episodic_return", "episodic_length"), rows.T, strict=True))
+        results[kind] = {name: [float(value.mean())] for name, value in result.items()}
+        if chief:
+            shown = [f"{name.removeprefix('episodic_')} {interval(x)}" for name, x in result.items()]
+            print(f"evaluation with {kind} actions, {args.eval_episodes} episodes: {', '.join(shown)}")
+    if chief:
+        (folder / "evaluation.json").write_text(json.dumps(results, indent=2))
+        plot_learning_curve(folder)
+        if args.capture_video:
+            path = folder / "videos" / "episode.gif"
+            host_record_video(args, kinds["sampled"], agent, params, jax.random.key(args.seed), path)
+        if tracker:
+            tracker.log({f"eval/{name}": np.mean(value) for name, value in results["sampled"].items()})
+            tracker.finish()
+        print(f"all of it is in {folder}")
+    multihost_utils.sync_global_devices("reported")  # a process that ends sooner would end the others
 
 
 def start_tracker(args: Args, folder: Path):
@@ -1063,10 +1100,13 @@ def main(args: Args) -> None:
     crews = []
     try:
         mine = args.num_envs // jax.process_count()
-        staggered = not args.evaluate
-        shares = 1 - np.arange(mine) / mine * staggered
-        for number in range(2):
-            crews.append(Workers([make_env(args, share) for share in shares[number::2]]))
+        shares = np.ones(mine) if args.evaluate else 1 - np.arange(mine) / mine
+        try:
+            for number in range(2):
+                crews.append(Workers([make_env(args, share) for share in shares[number::2]]))
+        except OSError as error:
+            rule = f"its processes could not be started ({error}); take fewer, or raise ulimit -n and -u"
+            raise SystemExit(f"--num-envs {args.num_envs}: {rule}") from None
         obs_space, num_actions = crews[0].single_observation_space, crews[0].single_action_space.n
         agent, optimizer = ActorCritic(args, num_actions), make_optimizer(args)
         halves = [Half(agent, workers) for workers in crews]
@@ -1077,8 +1117,8 @@ def main(args: Args) -> None:
             folder.mkdir(parents=True)
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         tracker = start_tracker(args, folder)
-        first = jax.jit(functools.partial(init_learner, args, agent, optimizer, obs_space), out_shardings=shardings[-1])
-        runner = HostRunner(first(jax.random.key(args.seed)))
+        init = jax.jit(functools.partial(init_learner, args, agent, optimizer, obs_space), out_shardings=shardings[-1])
+        runner = HostRunner(init(jax.random.key(args.seed)))
         size = sum(x.size for x in jax.tree.leaves(runner.learner.params))
         print(f"{folder}: {size:,} parameters, {args.num_updates} updates of {args.batch_size} steps")
         with ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handler) as checkpoints:
@@ -1087,10 +1127,11 @@ def main(args: Args) -> None:
 
             def prepare(runner):
                 """Begins the episodes, decided by the seed, the update and the process, and compiles."""
-                which = [args.seed, updates_done(runner.learner), jax.process_index()]
+                which = [TRAINING, args.seed, updates_done(runner.learner), jax.process_index()]
+                params, key = local((runner.learner.params, runner.learner.key))
                 for half, seeds in zip(halves, np.random.SeedSequence(which).spawn(2), strict=True):
-                    half.begin(seeds, whole=False)
-                    acts(local(runner.learner.params), jax.random.key(0), half.obs, half.reset, half.noise, half.memory)
+                    unless_one_fails(half.begin, seeds, False)
+                    acts(params, key, half.obs, half.reset, half.noise, half.memory)
                 shapes = (runner.learner, *batch_shapes(args, agent, obs_space, shardings))
                 compiled, names = learns.lower(*shapes).compile(), jax.eval_shape(learns, *shapes)[1]
                 names = [*names, "charts/episodic_return", "charts/episodic_length", "charts/episodes"]
@@ -1100,7 +1141,8 @@ def main(args: Args) -> None:
                 runner = train(args, prepare, runner, folder, checkpoints, tracker)
         host_report(args, agent, runner, folder, halves, tracker)
     except (CannotRun, WorkerDied, WorkerFailed) as error:
-        raise SystemExit(str(error)) from None
+        saved = f"; what was saved is in {folder}" if (folder / "checkpoints").exists() else ""
+        raise SystemExit(f"{told(error)}{saved}") from None
     except OSError as error:
         raise SystemExit(f"{folder}: {error}. The checkpoints in it are intact; --resume goes on from there") from None
     finally:

@@ -84,7 +84,8 @@ class Args:
     evaluate: str = ""
     """folder of a run whose newest checkpoint is evaluated, without training"""
     eval_episodes: int = 200
-    """episodes of an evaluation, each in an environment of its own"""
+    """episodes of an evaluation
+    each in an environment of its own"""
     capture_video: bool = False
     """draw an episode of the final policy as an animated picture in the run folder"""
     track: bool = False

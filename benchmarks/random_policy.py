@@ -37,8 +37,9 @@ def evaluate(script, args) -> dict[str, np.ndarray]:
         crews = [script.Workers([script.make_env(args)] * (args.num_envs // 2)) for _ in range(2)]
         try:
             agent = RandomAgent(crews[0].single_action_space.n)
-            choose = jax.jit(functools.partial(script.choose, agent, False))
-            return script.host_evaluate(args, choose, (), [script.Half(agent, crew) for crew in crews], key)
+            chooses = jax.jit(functools.partial(script.choose, agent, False))
+            rows = script.host_evaluate(args, chooses, (), [script.Half(agent, crew) for crew in crews], key)
+            return dict(zip(("episodic_return", "episodic_length"), rows.T, strict=True))
         finally:
             for crew in crews:
                 crew.close()

@@ -44,7 +44,8 @@ class Workers(AsyncVectorEnv):
 
     A worker ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it. Any method raises WorkerDied
     if a worker has died, in one sentence with its number, its process and the reason, and WorkerFailed, in one sentence
-    too, if an environment raised an exception. After either only close() is of use. It never hangs.
+    too, if an environment raised an exception. After either only close() is of use.
+    Neither makes it hang; a worker that never answers does.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env]]):
@@ -98,7 +99,8 @@ class Workers(AsyncVectorEnv):
         dead = [(i, process) for i, process in enumerate(self.processes) if process.sentinel in ended]
         for _, process in dead:
             process.join()  # its exit code comes a moment after its pipes are closed
-        self.failure = WorkerDied, "; ".join(_obituary(i, process) for i, process in dead), None
+        sentence = "; ".join(_obituary(i, process) for i, process in dead)
+        self.failure = WorkerDied, sentence or "The pipe to a worker broke, though all of them run", None
         self._raise_failure()
 
     def _raise_failure(self):
