@@ -1,8 +1,8 @@
 """Craftax: steps a second of training with AGaLiTe, with GTrXL and without memory, and of the environment alone.
 
-    python benchmarks/craftax.py --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 --num-layers 2 \\
-        --d-model 64 --d-head 32
-    python benchmarks/craftax.py --memory-only
+    python benchmarks/craftax_training.py --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 \\
+        --num-layers 2 --d-model 64 --d-head 32
+    python benchmarks/craftax_training.py --memory-only
 
 Flags are the scripts' own; without any, the published size. All are compiled first and then run in turn, with random
 actions where there is no agent. Memory is what XLA plans for one whole update, its arguments and results included;
