@@ -256,8 +256,8 @@ class Head(nn.Module):
 class Conv3x3(nn.Module):
     """A convolution of 3 x 3 with zeros around. (..., H, W, C) -> (..., H, W, features).
 
-    Written as products of matrices: in a loop on a CPU, where learning happens, the gradients of XLA's own take about
-    twenty times as long (benchmarks/encoder.py).
+    Written as products of matrices: in a loop on a CPU, where learning happens, the gradients of XLA's own are slow
+    (benchmarks/encoder.py shows it for the encoder of Mystery Path).
     """
 
     features: int
@@ -375,7 +375,7 @@ class Half:
         nothing = self.agent.initial_memory(b), jnp.zeros((b, self.agent.num_actions))
         self.memory, self.noise = jax.device_put(nothing, jax.local_devices()[0])  # said, or act is compiled once more
         self.episodic_return, self.episodic_length = np.zeros(b), np.zeros(b, int)
-        self.whole = np.full(b, whole)
+        self.whole = np.full(b, whole)  # the episode that goes on was not cut short
 
     def receive(self) -> tuple[np.ndarray, np.ndarray, list[tuple[int, float, int]]]:
         """Waits for the workers' step -> reward, done, and (environment, return, length) of whole episodes now over."""
@@ -420,9 +420,10 @@ def act(args: Args, agent: nn.Module, params, key: jax.Array, obs, reset, noise,
 def host_rollout(args: Args, acts, params, halves: list[Half], key: jax.Array):
     """Acts for T steps -> transitions (T, B), value of the observation then (B,), whole episodes that ended.
 
-    The halves take turns: while the workers of one step, the agent acts for the other. B are this process' own.
+    acts is `act`, compiled. B are this process' own environments, the first half before the second, which take turns:
+    while the workers of one step, the agent acts for the other.
     """
-    keys = jax.random.split(key, (args.num_steps, 2))
+    keys = jax.random.split(key, (args.num_steps, 2))  # (T, 2)
     steps, ended = ([], []), []
 
     def receive(half, taken):
@@ -441,8 +442,9 @@ def host_rollout(args: Args, acts, params, halves: list[Half], key: jax.Array):
     for half, taken in zip(halves, steps, strict=True):
         receive(half, taken)
 
-    stacked = [jax.tree.map(lambda *x: np.stack(x), *taken) for taken in steps]  # (T, b, ...) each
-    transitions = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *stacked)  # (T, B, ...)
+    in_turn = [taken for both in zip(*steps, strict=True) for taken in both]  # 2T times (b, ...)
+    side_by_side = lambda *x: np.stack(x).reshape(args.num_steps, -1, *x[0].shape[1:])  # one copy of the whole
+    transitions = jax.tree.map(side_by_side, *in_turn)  # (T, B, ...)
     last = [acts(params, key, half.obs, half.reset, half.noise, half.memory)[3] for half in halves]
     return transitions, np.concatenate(last), ended
 
@@ -552,6 +554,11 @@ def local(tree):
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
+def told(error: Exception) -> str:
+    """What to say of it: where in a worker it was raised, if anywhere, and last the sentence."""
+    return "\n".join([*getattr(error, "__notes__", []), str(error)])
+
+
 def unless_one_fails(function, *arguments):
     """function(*arguments) in every process, or an exception in every one if a worker of one has failed in it."""
     try:
@@ -595,9 +602,16 @@ def host_update(args: Args, acts, learns, shardings, halves: list[Half], checkpo
     return HostRunner(learner), metrics
 
 
+def choose(agent: nn.Module, greedy: bool, params, key: jax.Array, obs, reset, memory):
+    """The policy's action in b environments -> action, memory."""
+    logits, _, memory = agent.apply(params, obs[None], reset[None], memory)
+    return logits[0].argmax(-1) if greedy else jax.random.categorical(key, logits[0]), memory
+
+
 def host_evaluate(args: Args, chooses, params, halves: list[Half], key: jax.Array) -> np.ndarray:
     """This process' share of args.eval_episodes fresh episodes, each to its own end -> returns and lengths (E, 2).
 
+    chooses is `choose`, compiled.
     Each environment has its number of episodes before they begin; taking those that end first would favour short ones.
     """
     index, num_envs = jax.process_index(), sum(half.workers.num_envs for half in halves)
@@ -620,12 +634,6 @@ def host_evaluate(args: Args, chooses, params, halves: list[Half], key: jax.Arra
                 action, half.memory = chooses(params, act_key, half.obs, half.reset, half.memory)
                 half.workers.step_async(np.asarray(action))
     return np.array(results).reshape(-1, 2)
-
-
-def choose(agent: nn.Module, greedy: bool, params, key: jax.Array, obs, reset, memory):
-    """The policy's action in b environments -> action, memory."""
-    logits, _, memory = agent.apply(params, obs[None], reset[None], memory)
-    return logits[0].argmax(-1) if greedy else jax.random.categorical(key, logits[0]), memory
 
 
 # ------------------------------------------------------------------------------------------------------------- Plumbing
@@ -865,11 +873,6 @@ def host_record_video(args: Args, chooses, agent: nn.Module, params, key: jax.Ar
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [2000], loop=0)
 
 
-def told(error: Exception) -> str:
-    """What to say of it: where in a worker it was raised, if anywhere, and last the sentence."""
-    return "\n".join([*getattr(error, "__notes__", []), str(error)])
-
-
 def gather_rows(rows: np.ndarray, most: int) -> np.ndarray:
     """The rows (n, k) of all processes, of at most so many each."""
     if jax.process_count() == 1:
@@ -927,6 +930,7 @@ def main(args: Args) -> None:
     if args.num_envs % (2 * jax.process_count()):
         raise SystemExit(f"--num-envs {args.num_envs}: must divide into halves of {jax.process_count()} processes")
     shardings = batch_shardings(args)
+    replicated = shardings[-1]
 
     existing = args.resume or args.evaluate
     now = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))  # the same in all processes
@@ -947,13 +951,13 @@ def main(args: Args) -> None:
         agent, optimizer = ActorCritic(args, num_actions), make_optimizer(args)
         halves = [Half(agent, workers) for workers in crews]
         acts = jax.jit(functools.partial(act, args, agent))
-        learns = jax.jit(functools.partial(learn_from, args, agent, optimizer), out_shardings=shardings[-1])
+        learns = jax.jit(functools.partial(learn_from, args, agent, optimizer), out_shardings=replicated)
 
         if not existing and jax.process_index() == 0:
             folder.mkdir(parents=True)
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         tracker = start_tracker(args, folder)
-        init = jax.jit(functools.partial(init_learner, args, agent, optimizer, obs_space), out_shardings=shardings[-1])
+        init = jax.jit(functools.partial(init_learner, args, agent, optimizer, obs_space), out_shardings=replicated)
         runner = HostRunner(init(jax.random.key(args.seed)))
         size = sum(x.size for x in jax.tree.leaves(runner.learner.params))
         print(f"{folder}: {size:,} parameters, {args.num_updates} updates of {args.batch_size} steps")
