@@ -71,7 +71,7 @@ class Args:
     """decides everything: parameters, environments, actions, minibatches"""
     num_seeds: int = 1
     """how many seeds to train at once: seed, seed + 1, ..."""
-    total_timesteps: WholeNumber = 1_000_000
+    total_timesteps: WholeNumber = 1_500_000
     """environment steps per seed (1e6 is understood)
     published: 5e6"""
     checkpoint_interval: int = 20
@@ -127,7 +127,7 @@ class Args:
     learning_rate: float = 2e-3
     """step size of Adam
     published, for A2C: 1e-4; GTrXL and GRU 5e-4"""
-    anneal_lr: bool = False
+    anneal_lr: bool = True
     """decrease the learning rate linearly, update by update, towards 0 after the last"""
     adam_eps: float = 1e-8
     """epsilon of Adam"""
