@@ -1,0 +1,161 @@
+"""Success over the corridor's length for the five memories on the T-Maze, at an equal budget of steps.
+
+    python benchmarks/corridors.py --lengths 20 40 80 120 160 200 --seeds 1 2 3 4 5
+
+Trains under runs/ what is not there yet, goes on with what was interrupted, and then prints two tables of the share of
+episodes solved by the final parameters with sampled actions, mean over seeds and its 95% interval (Student's t): with
+the gates of each memory as published, and with gates that start with long memories (--gate-init chrono, for the LSTM
+and the GRU the biases of Tallec and Ollivier 2018). GTrXL has no such gates and stands in both with the same runs.
+It also writes docs/corridors.csv, a row a run, and docs/corridors.png. All other settings are the scripts' defaults.
+"""
+
+import csv
+import dataclasses
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.results import solved_at
+
+ROOT = Path(__file__).resolve().parents[1]
+Model = Literal["agalite", "galite", "gtrxl", "lstm", "gru"]
+Gates = Literal["published", "chrono"]
+TITLES = {"published": "as published", "chrono": "gates with long memories at first"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    models: tuple[Model, ...] = get_args(Model)
+    """memories to compare"""
+    lengths: tuple[int, ...] = (20, 40, 80, 120, 160, 200)
+    """corridors"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """seeds, each a run of its own"""
+    gates: tuple[Gates, ...] = get_args(Gates)
+    """initial gates"""
+    total_timesteps: str = "1.5e6"
+    """environment steps of each run"""
+    at_once: int = 1
+    """runs at a time, each on its share of the cores"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    model: str
+    gates: str
+    length: int
+    seed: int
+    total_timesteps: str
+
+    @property
+    def script(self) -> str:
+        return f"ppo_{self.model}_tmaze"
+
+    @property
+    def flags(self) -> list[str]:
+        flags = [f"--corridor-len={self.length}", f"--seed={self.seed}", f"--total-timesteps={self.total_timesteps}"]
+        return flags + ([f"--gate-init={self.gates}"] if self.model != "gtrxl" else [])
+
+    def folder(self) -> Path | None:
+        """Where this very run is, finished or not."""
+        script = importlib.import_module(self.script)
+        binding = lambda args: {name: value for name, value in args.items() if name not in script.FREE_FLAGS}
+        wanted = binding(dataclasses.asdict(script.parse_args(self.flags)))
+        for path in sorted(Path("runs").glob(f"tmaze__{self.script}__{self.seed}__*/args.json")):
+            if binding(json.loads(path.read_text())) == wanted:
+                return path.parent
+        return None
+
+    def finished(self) -> bool:
+        folder = self.folder()
+        return folder is not None and (folder / "evaluation.json").exists()
+
+    def begin(self, cores: set[int]) -> subprocess.Popen:
+        folder = self.folder()
+        flags = [f"--resume={folder}"] if folder else self.flags
+        command = [sys.executable, str(ROOT / f"{self.script}.py"), *flags]
+        pin = lambda: os.sched_setaffinity(0, cores)
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=pin)
+
+    def row(self) -> dict:
+        folder = self.folder()
+        final = json.loads((folder / "evaluation.json").read_text())
+        success, greedy = (final[kind]["success"][0] for kind in ("sampled", "greedy"))
+        solved = solved_at(list(csv.DictReader((folder / "metrics.csv").open()))) if success >= 0.95 else None
+        return dataclasses.asdict(self) | {"success": success, "greedy": greedy, "solved_at": solved and solved[0]}
+
+
+def train(waiting: list[Run], at_once: int) -> None:
+    """Trains all of them; Ctrl-C stops those that run, saved, and the next call goes on."""
+    shares = [set(share.tolist()) for share in np.array_split(sorted(os.sched_getaffinity(0)), at_once)]
+    running: dict[int, tuple[Run, subprocess.Popen]] = {}
+    with tqdm(total=len(waiting), unit="run") as bar:
+        while waiting or running:
+            for number in set(range(at_once)) - set(running):
+                if waiting:
+                    running[number] = waiting[0], waiting.pop(0).begin(shares[number])
+            time.sleep(1)
+            for number, (run, process) in list(running.items()):
+                if process.poll() is not None:
+                    if process.returncode:
+                        raise SystemExit(f"{run.script} {' '.join(run.flags)}: {process.stderr.read()[-500:]}")
+                    del running[number]
+                    bar.update()
+
+
+def interval(values) -> tuple[float, float]:
+    """Mean and half of its 95% interval; NaN for a single value."""
+    n = len(values)
+    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), float(half)
+
+
+def main(args: Args) -> None:
+    gates_of = lambda model: args.gates if model != "gtrxl" else ("published",)
+    runs = [
+        Run(model, gates, length, seed, args.total_timesteps)
+        for length in args.lengths for seed in args.seeds for model in args.models for gates in gates_of(model)
+    ]  # fmt: skip
+    os.chdir(ROOT)
+    train([run for run in runs if not run.finished()], args.at_once)
+
+    rows = [run.row() for run in runs]
+    with open("docs/corridors.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = Figure(figsize=(4.5 * len(args.gates), 3.5), layout="constrained")
+    for axis, gates in zip(figure.subplots(1, len(args.gates), squeeze=False)[0], args.gates, strict=True):
+        print(f"\n| {TITLES[gates]} | " + " | ".join(map(str, args.lengths)) + " |")
+        print("| --- " * (len(args.lengths) + 1) + "|")
+        for model in args.models:
+            cells = []
+            for length in args.lengths:
+                own = [row["success"] for row in rows if (row["model"], row["length"]) == (model, length)
+                       and row["gates"] == (gates if model != "gtrxl" else "published")]  # fmt: skip
+                cells.append(interval(own))
+            mean, half = np.array(cells).T
+            print(f"| {model} | " + " | ".join(f"{m:.2f} ± {h:.2f}" for m, h in cells) + " |")
+            axis.errorbar(args.lengths, mean, half, label=model, marker="o", markersize=3, capsize=2, alpha=0.8)
+        axis.set(title=TITLES[gates], xlabel="corridor length", ylabel="success", ylim=(-0.05, 1.05))
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig("docs/corridors.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
