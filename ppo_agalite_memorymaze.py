@@ -1143,6 +1143,13 @@ def main(args: Args) -> None:
 
             if not args.evaluate:
                 runner = train(args, prepare, runner, folder, checkpoints, tracker)
+
+        def stop_evaluating(number, frame):
+            print(f"\nstopped; to evaluate again: python {sys.argv[0]} --evaluate {folder}")
+            raise SystemExit(128 + number)  # by way of `finally`, so that the workers end in order
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop_evaluating)
         host_report(args, agent, runner, folder, halves, tracker)
     except (CannotRun, WorkerDied, WorkerFailed) as error:
         saved = f"; what was saved is in {folder}" if (folder / "checkpoints").exists() else ""

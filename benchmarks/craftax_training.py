@@ -7,6 +7,9 @@
 Flags are the scripts' own; without any, the published size. All are compiled first and then run in turn, with random
 actions where there is no agent. Memory is what XLA plans for one whole update, its arguments and results included;
 --memory-only stops there, so that it can be seen on a machine that could not run it.
+
+"of it" are parts of AGaLiTe's training on their own, as often as an update applies them: once to each step of all
+environments, and with gradients to every minibatch of each epoch. Their time over that of the update is their share.
 """
 
 import functools
@@ -14,13 +17,15 @@ import sys
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import ppo_agalite_craftax
-import ppo_gtrxl_craftax
+import ppo_agalite_craftax as agalite
+import ppo_gtrxl_craftax as gtrxl
 from benchmarks.without_memory import forgetful
 from envs.wrappers import AutoReset, EpisodeStatistics, VectorEnv
 
@@ -53,10 +58,50 @@ def environment(args, env):
     return (lambda carry: rollout(carry)[0]), lambda key: (key, env.reset(key, params)[1])
 
 
+def part(args, module, times: int, over_time, *fixed):
+    """A module that stands `times` times in the agent. over_time: its inputs (T, B, ...); fixed: (B, ...).
+
+    -> passes(params) of an update, and params.
+    """
+    b = args.num_envs // args.num_minibatches
+    apply = lambda params, inputs, fixed: jax.tree.leaves(module.apply(params, *inputs, *fixed))[0]
+
+    def passes(params):
+        def act(params, inputs):  # each step's outcome is used, or XLA would leave it out
+            total = apply(params, [x[None] for x in inputs], fixed).sum()
+            return jax.tree.map(lambda p: p + 1e-9 * total, params), None
+
+        def learn(params, _):
+            loss = lambda params: jnp.square(apply(params, [x[:, :b] for x in over_time], few)).sum()
+            return jax.tree.map(lambda p, g: p - 1e-9 * g, params, jax.grad(loss)(params)), None
+
+        few = jax.tree.map(lambda x: x[:b], fixed)
+        for _ in range(times):
+            params, _ = jax.lax.scan(act, params, over_time)
+            params, _ = jax.lax.scan(learn, params, length=args.update_epochs * args.num_minibatches)
+        return params
+
+    return passes, lambda key: module.init(key, *[x[:1] for x in over_time], *fixed)
+
+
+def parts(args):
+    """The encoder of the wide observation and the attention, with random inputs."""
+    T, B, rng = args.num_steps, args.num_envs, np.random.default_rng(0)
+    env = agalite.make_env(args, args.num_envs)
+    obs = rng.integers(0, 2, (T, B, *env.observation_space(env.default_params).shape), np.uint8)
+    u = rng.normal(size=(T, B, args.d_model)).astype(np.float32)
+    keep, F = np.ones((T, B), np.float32), len(agalite.cosine_frequencies(args.r)[1])
+    cosines = np.ones((T, B, F), np.float32)
+    memory = agalite.AGaLiTe(args, parent=None).initial_memory(B).layers[0]
+    return {
+        "of it, the encoder": part(args, nn.remat(agalite.SymbolEncoder)(args.d_encoder), 1, [obs]),
+        "of it, the attention": part(args, agalite.AGaLiTeAttention(args), args.num_layers, [u, keep, cosines], memory),
+    }
+
+
 def main(flags: list[str]):
     memory_only = "--memory-only" in flags
     flags = [flag for flag in flags if flag != "--memory-only"]
-    agalite, gtrxl = ppo_agalite_craftax, ppo_gtrxl_craftax
     args, other = agalite.parse_args(flags), gtrxl.parse_args(flags)
     single = agalite.make_env(args, args.num_envs).unwrapped
     programs = {
@@ -67,7 +112,7 @@ def main(flags: list[str]):
         "environment alone, a new world for each in every step": environment(
             args, VectorEnv(AutoReset(EpisodeStatistics(single)), args.num_envs)
         ),
-    }
+    } | parts(args)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.env_id}, {args.num_envs} x {args.num_steps}")
     compiled, memory, carries = {}, {}, {}
     for name, (step, begin) in programs.items():

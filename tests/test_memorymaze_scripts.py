@@ -418,6 +418,20 @@ def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", FIRST)
+def test_ctrl_c_ends_an_evaluation(script, tmp_path):
+    """Ctrl-C after training, between the two evaluations, ends at once, in order, and says how to evaluate again."""
+    env = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
+    flags = "--total-timesteps", BATCH, "--eval-episodes", 4000
+    process = start(script, *flags, cwd=tmp_path, env=env, start_new_session=True)
+    assert "parameters" in process.stdout.readline() and "sampled" in process.stdout.readline()
+    pids = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = finish(process, expect=128 + signal.SIGINT)
+    assert f"--evaluate {folder_of(tmp_path)}" in out and "Traceback" not in err and "leaked" not in err
+    assert_gone(pids)
+
+
+@pytest.mark.parametrize("script", FIRST)
 def test_devices_share_the_learning(script, tmp_path):
     """Four virtual devices come to the parameters of one."""
     flags = "--total-timesteps", 2 * 2 * BATCH, "--num-envs", 8, "--no-norm-adv", "--adam-eps", "1e-5"
