@@ -8,8 +8,8 @@ Flags are the scripts' own; without any, the published size. All are compiled fi
 actions where there is no agent. Memory is what XLA plans for one whole update, its arguments and results included;
 --memory-only stops there, so that it can be seen on a machine that could not run it.
 
-"of it" are parts of AGaLiTe's training on their own, as often as an update applies them: once to each step of all
-environments, and with gradients to every minibatch of each epoch. Their time over that of the update is their share.
+"of AGaLiTe's" are parts of its training on their own, as often as an update applies them: once to each step of all
+environments, and with gradients to every minibatch of each epoch. One over their ratio is their share of its time.
 """
 
 import functools
@@ -94,8 +94,10 @@ def parts(args):
     cosines = np.ones((T, B, F), np.float32)
     memory = agalite.AGaLiTe(args, parent=None).initial_memory(B).layers[0]
     return {
-        "of it, the encoder": part(args, nn.remat(agalite.SymbolEncoder)(args.d_encoder), 1, [obs]),
-        "of it, the attention": part(args, agalite.AGaLiTeAttention(args), args.num_layers, [u, keep, cosines], memory),
+        "of AGaLiTe's, the encoder alone": part(args, nn.remat(agalite.SymbolEncoder)(args.d_encoder), 1, [obs]),
+        "of AGaLiTe's, the attention alone": part(
+            args, agalite.AGaLiTeAttention(args), args.num_layers, [u, keep, cosines], memory
+        ),
     }
 
 
