@@ -1,5 +1,8 @@
-"""benchmarks/results.py decides what README calls solved, benchmarks/without_memory.py what a memory is worth."""
+"""benchmarks/results.py decides what README calls solved, corridors.py and curves.py what its other results look like,
+benchmarks/without_memory.py what a memory is worth."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +11,8 @@ import numpy as np
 from common import FIRST, assert_close, build, load, quick_jit, random_observations, small_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from corridors import Run, interval
+from curves import smooth
 from results import solved_at
 from without_memory import forgetful
 
@@ -28,6 +33,35 @@ def test_solved_is_the_first_time_and_forgets_old_failures():
     assert solved_at(rows_of((500, 0.0), (100, 1.0), (100, 1.0), (100, 0.0))) == (300, 3.0)
     assert solved_at(rows_of((500, 0.0), (100, 1.0), (100, 0.89))) is None
     assert solved_at(rows_of((100, 1.0), (100, 0.91), (100, 0.0))) == (200, 2.0)
+
+
+def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
+    """A run counts if all that touches its computation is as wanted, and as finished once it has been evaluated."""
+    monkeypatch.chdir(tmp_path)
+    run = Run("lstm", "chrono", 20, 3, "3e5")
+    args = dataclasses.asdict(load("ppo_lstm_tmaze").parse_args(run.flags))
+    folders = [tmp_path / "runs" / f"tmaze__ppo_lstm_tmaze__3__{i}" for i in range(4)]
+    changes = {"learning_rate": 1e-3}, {"total_timesteps": 200_000}, {"gate_init": "published"}, {"eval_episodes": 7}
+    assert run.folder() is None and not run.finished()
+    for folder, change in zip(folders, changes, strict=True):
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(args | change))
+    assert run.folder().name == folders[3].name and not run.finished()
+    (folders[3] / "evaluation.json").write_text("{}")
+    assert run.finished()
+
+
+def test_interval_is_students():
+    """Three values: 4.303 standard errors on either side of their mean; one value: none."""
+    mean, half = interval([0.2, 0.4, 0.9])
+    np.testing.assert_allclose((mean, half), (0.5, 4.3027 * np.std([0.2, 0.4, 0.9], ddof=1) / 3**0.5), rtol=1e-4)
+    assert np.isnan(interval([1.0])[1])
+
+
+def test_smoothed_curves_look_back_and_pass_over_gaps():
+    """A value is the mean of the last ones, gaps left out; where there are none it is a gap."""
+    smoothed = smooth(np.array([np.nan, 1.0, 3.0, np.nan, np.nan, 7.0]), 2)
+    np.testing.assert_array_equal(smoothed, [np.nan, 1, 2, 3, np.nan, 7])
 
 
 def test_without_memory_no_step_knows_of_another():
