@@ -128,7 +128,8 @@ class Args:
     """step size of Adam
     published, for A2C: 1e-4; GTrXL and GRU 5e-4"""
     anneal_lr: bool = True
-    """decrease the learning rate linearly, update by update, towards 0 after the last"""
+    """decrease the learning rate linearly, update by update, towards 0 after the last
+    published: no"""
     adam_eps: float = 1e-8
     """epsilon of Adam"""
     gamma: float = 0.99

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 # Flags that make a script small; --num-steps is shorter than an episode, so runs are cut in mid-episode.
 TMAZE = (
     "--corridor-len 10 --max-episode-steps 40 --d-actor 16 --d-critic 16 --num-envs 4 --num-steps 16 "
-    "--num-minibatches 2 --update-epochs 1 --eval-episodes 20 "
+    "--num-minibatches 2 --update-epochs 1 --eval-episodes 20 --no-anneal-lr "  # or a run could not be made longer
 )
 LAYERS = "--num-layers 1 --d-model 16 --d-head 8 --num-heads 1 "
 PICTURES = (

@@ -16,7 +16,7 @@ from envs.wrappers import AutoReset, EpisodeStatistics, PooledReset, VectorEnv
 SHORT = {
     "corridor_len": 8, "max_episode_steps": 50, "d_actor": 32, "d_critic": 32, "num_envs": 16, "num_steps": 64,
     "num_minibatches": 4, "ent_coef": 0.03, "total_timesteps": 65_536, "critic_bias": 0.0, "logit_noise": 0.0,
-    "cautious_entropy": 2.0, "update_epochs": 4, "learning_rate": 1e-3,
+    "cautious_entropy": 2.0, "update_epochs": 4, "learning_rate": 1e-3, "anneal_lr": False,
 }  # fmt: skip
 LAYERS = {"num_layers": 1, "d_model": 32, "d_head": 16, "num_heads": 2}
 SETTINGS = {

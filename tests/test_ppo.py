@@ -402,7 +402,7 @@ def test_learning_rate_ends_where_it_should(script):
     rates = np.array([script.learning_rate(annealed, jnp.int32(update)) for update in range(N)])
     np.testing.assert_allclose(rates, 3e-3 * np.arange(N, 0, -1) / N, rtol=1e-6)
     assert (rates > 0).all() and script.learning_rate(annealed, jnp.int32(N)) == 0
-    constant = small_args(script, learning_rate=3e-3)
+    constant = small_args(script, learning_rate=3e-3, anneal_lr=False)
     rates = np.array([script.learning_rate(constant, jnp.int32(update)) for update in (0, 1, N - 1, 10 * N)])
     np.testing.assert_allclose(rates, 3e-3, rtol=1e-6)
 
