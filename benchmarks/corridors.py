@@ -17,6 +17,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal, get_args
@@ -84,12 +85,13 @@ class Run:
         folder = self.folder()
         return folder is not None and (folder / "evaluation.json").exists()
 
-    def begin(self, cores: set[int]) -> subprocess.Popen:
+    def begin(self, cores: set[int], said) -> subprocess.Popen:
+        """Starts it or goes on with it; what it says goes into the file `said`."""
         folder = self.folder()
         flags = [f"--resume={folder}"] if folder else self.flags
         command = [sys.executable, str(ROOT / f"{self.script}.py"), *flags]
         pin = lambda: os.sched_setaffinity(0, cores)
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=pin)
+        return subprocess.Popen(command, stdout=said, stderr=said, preexec_fn=pin)
 
     def row(self) -> dict:
         folder = self.folder()
@@ -100,19 +102,26 @@ class Run:
 
 
 def train(waiting: list[Run], at_once: int) -> None:
-    """Trains all of them; Ctrl-C stops those that run, saved, and the next call goes on."""
+    """Trains all of them. Ctrl-C, which they get too, stops them saved; the next call goes on."""
     shares = [set(share.tolist()) for share in np.array_split(sorted(os.sched_getaffinity(0)), at_once)]
-    running: dict[int, tuple[Run, subprocess.Popen]] = {}
+    running = {}
     with tqdm(total=len(waiting), unit="run") as bar:
         while waiting or running:
             for number in set(range(at_once)) - set(running):
                 if waiting:
-                    running[number] = waiting[0], waiting.pop(0).begin(shares[number])
-            time.sleep(1)
-            for number, (run, process) in list(running.items()):
+                    run, said = waiting.pop(0), tempfile.TemporaryFile("w+")
+                    running[number] = run, said, run.begin(shares[number], said)
+            try:
+                time.sleep(1)
+            except KeyboardInterrupt:
+                for _, _, process in running.values():
+                    process.wait()
+                raise SystemExit("stopped and saved; the same command goes on") from None
+            for number, (run, said, process) in list(running.items()):
                 if process.poll() is not None:
                     if process.returncode:
-                        raise SystemExit(f"{run.script} {' '.join(run.flags)}: {process.stderr.read()[-500:]}")
+                        said.seek(0)
+                        raise SystemExit(f"{run.script} {' '.join(run.flags)}: {said.read()[-500:]}")
                     del running[number]
                     bar.update()
 
