@@ -228,9 +228,9 @@ def draw(rows: list[dict], path: Path):
             axis.loglog([r["length"] for r in curve], [float(r[name]) for r in curve], "o-", label=label, markersize=3)
         axis.set(xlabel="context length", title=title)
         axis.set_xticks(LENGTHS, LENGTHS)
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)
 
 
