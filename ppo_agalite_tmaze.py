@@ -11,7 +11,7 @@ the right step, minibatches of whole sequences); how a gated linear attention is
 and how `init` and `update`, pure functions of one state, give many seeds, many devices and exact resume almost free.
 
 What to expect: the agent first learns to walk, then to remember; success rises from a half to one in 3 to 9 minutes on
-two cores of a CPU, on every one of ten seeds (README). Siblings to compare with: ppo_galite_tmaze.py,
+one or two cores of a CPU, on every one of ten seeds (README). Siblings to compare with: ppo_galite_tmaze.py,
 ppo_gtrxl_tmaze.py, ppo_lstm_tmaze.py, ppo_gru_tmaze.py.
 
 Letters of the axes, time first throughout:

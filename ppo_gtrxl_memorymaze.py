@@ -741,7 +741,6 @@ def host_evaluate(args: Args, chooses, params, halves: list[Half], key: jax.Arra
 # ------------------------------------------------------------------------------------------------------------- Plumbing
 # Flags that do not touch the computation, so that a run may be resumed with others.
 FREE_FLAGS = {"resume", "evaluate", "checkpoint_interval", "eval_episodes", "capture_video", "distributed"}
-
 FREE_FLAGS |= {"track", "wandb_project_name", "wandb_entity"}
 
 

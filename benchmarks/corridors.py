@@ -72,12 +72,13 @@ class Run:
         return flags + ([f"--gate-init={self.gates}"] if self.model != "gtrxl" else [])
 
     def folder(self) -> Path | None:
-        """Where this very run is, finished or not."""
+        """Where this very run is, finished or not; None if nothing of it was saved."""
         script = importlib.import_module(self.script)
         binding = lambda args: {name: value for name, value in args.items() if name not in script.FREE_FLAGS}
         wanted = binding(dataclasses.asdict(script.parse_args(self.flags)))
         for path in sorted(Path("runs").glob(f"tmaze__{self.script}__{self.seed}__*/args.json")):
-            if binding(json.loads(path.read_text())) == wanted:
+            saved = any((path.parent / "checkpoints").glob("[0-9]*"))
+            if saved and binding(json.loads(path.read_text())) == wanted:
                 return path.parent
         return None
 
@@ -102,28 +103,31 @@ class Run:
 
 
 def train(waiting: list[Run], at_once: int) -> None:
-    """Trains all of them. Ctrl-C, which they get too, stops them saved; the next call goes on."""
+    """Trains all of them. Ctrl-C, or a run that fails, stops those that run, saved; the next call goes on."""
     shares = [set(share.tolist()) for share in np.array_split(sorted(os.sched_getaffinity(0)), at_once)]
     running = {}
-    with tqdm(total=len(waiting), unit="run") as bar:
-        while waiting or running:
-            for number in set(range(at_once)) - set(running):
-                if waiting:
-                    run, said = waiting.pop(0), tempfile.TemporaryFile("w+")
-                    running[number] = run, said, run.begin(shares[number], said)
-            try:
+    try:
+        with tqdm(total=len(waiting), unit="run") as bar:
+            while waiting or running:
+                for number in set(range(at_once)) - set(running):
+                    if waiting:
+                        run, said = waiting.pop(0), tempfile.TemporaryFile("w+")
+                        running[number] = run, said, run.begin(shares[number], said)
                 time.sleep(1)
-            except KeyboardInterrupt:
-                for _, _, process in running.values():
-                    process.wait()
-                raise SystemExit("stopped and saved; the same command goes on") from None
-            for number, (run, said, process) in list(running.items()):
-                if process.poll() is not None:
-                    if process.returncode:
-                        said.seek(0)
-                        raise SystemExit(f"{run.script} {' '.join(run.flags)}: {said.read()[-500:]}")
-                    del running[number]
-                    bar.update()
+                for number, (run, said, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[number]
+                        if process.returncode:
+                            said.seek(0)
+                            raise SystemExit(f"{run.script} {' '.join(run.flags)}: {said.read()[-500:]}")
+                        bar.update()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
+    finally:
+        for _, _, process in running.values():
+            process.terminate()
+        for _, _, process in running.values():
+            process.wait()
 
 
 def interval(values) -> tuple[float, float]:
@@ -134,6 +138,11 @@ def interval(values) -> tuple[float, float]:
 
 
 def main(args: Args) -> None:
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= args.at_once <= cores:
+        raise SystemExit(f"--at-once {args.at_once}: must be 1 to {cores}, the number of cores")
+    if not (args.models and args.lengths and args.seeds and args.gates):
+        raise SystemExit("--models, --lengths, --seeds and --gates need at least one value each")
     gates_of = lambda model: args.gates if model != "gtrxl" else ("published",)
     runs = [
         Run(model, gates, length, seed, args.total_timesteps)

@@ -46,16 +46,14 @@ def environment(args, env):
 
     def rollout(carry):
         def step(carry, _):
-            key, state = carry
+            key, _, state = carry
             key, action_key, step_key = jax.random.split(key, 3)
             action = jax.random.randint(action_key, (args.num_envs,), 0, env.action_space(params).n)
-            obs, state, *_ = env.step(step_key, state, action, params)
-            return (key, state), obs
+            return (key, *env.step(step_key, state, action, params)[:2]), None  # observations too, or XLA omits them
 
-        carry, obs = jax.lax.scan(step, carry, length=args.num_steps)
-        return carry, obs
+        return jax.lax.scan(step, carry, length=args.num_steps)[0]
 
-    return (lambda carry: rollout(carry)[0]), lambda key: (key, env.reset(key, params)[1])
+    return rollout, lambda key: (key, *env.reset(key, params))
 
 
 def part(args, module, times: int, over_time, *fixed):
@@ -94,10 +92,10 @@ def parts(args):
     cosines = np.ones((T, B, F), np.float32)
     memory = agalite.AGaLiTe(args, parent=None).initial_memory(B).layers[0]
     return {
-        "of AGaLiTe's, the encoder alone": part(args, nn.remat(agalite.SymbolEncoder)(args.d_encoder), 1, [obs]),
         "of AGaLiTe's, the attention alone": part(
             args, agalite.AGaLiTeAttention(args), args.num_layers, [u, keep, cosines], memory
         ),
+        "of AGaLiTe's, the encoder alone": part(args, nn.remat(agalite.SymbolEncoder)(args.d_encoder), 1, [obs]),
     }
 
 

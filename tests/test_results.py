@@ -46,6 +46,9 @@ def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
     for folder, change in zip(folders, changes, strict=True):
         folder.mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps(args | change))
+    assert run.folder() is None, "nothing was saved"
+    for folder in folders:
+        (folder / "checkpoints" / "0").mkdir(parents=True)
     assert run.folder().name == folders[3].name and not run.finished()
     (folders[3] / "evaluation.json").write_text("{}")
     assert run.finished()
