@@ -646,7 +646,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in dataclasses.asdict(saved).items():
         if name not in free and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
-            raise SystemExit(f"{flag} {getattr(args, name)}: {folder} was made with {flag} {value}; leave the flag out")
+            why = ", to whose end its learning rate falls" if name == "total_timesteps" else ""
+            made = f"{folder} was made with {flag} {value}{why}"
+            raise SystemExit(f"{flag} {getattr(args, name)}: {made}; leave the flag out")
     return args
 
 

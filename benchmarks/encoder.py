@@ -1,9 +1,9 @@
-"""The encoder of pictures, written as products of matrices, against XLA's own convolutions.
+"""The encoders of pictures as the scripts run them, in pieces, against all pictures at once and XLA's own convolutions.
 
     python benchmarks/encoder.py [--batch 128]
 
-Milliseconds of CPU time (of wall time on a GPU) and the ratio of theirs to ours: values, gradients, and gradients
-inside a loop, as in the scripts' update. Both have the same parameters, and that they agree is checked first.
+Milliseconds of CPU time (of wall time on a GPU, where there are no pieces), and how many times ours: values, gradients,
+and gradients inside a loop, as in the scripts' update. Parameters are the same; that all agree is checked first.
 """
 
 import argparse
@@ -17,9 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import ppo_agalite_mysterypath as script  # noqa: E402
+import ppo_agalite_mysterypath  # noqa: E402
+import ppo_lstm_memorymaze  # noqa: E402
 
 LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+
+
+class InPieces(nn.Module):
+    """The encoder as the agents of pictures call it."""
+
+    encoder: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, obs):
+        return ppo_agalite_mysterypath.in_pieces(self.encoder(name="encoder"), obs)
 
 
 class Convolutions(nn.Module):
@@ -56,22 +67,34 @@ def milliseconds(function, *inputs) -> float:
 
 
 def main(batch: int) -> None:
-    obs = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, batch, 84, 84, 3), np.uint8))
-    params = script.ConvEncoder().init(jax.random.key(0), obs)
-    encoders = (script.ConvEncoder(), params), (Convolutions(), as_convolutions(params))
-    np.testing.assert_allclose(*(encoder.apply(p, obs) for encoder, p in encoders), atol=1e-4)
-    table = []
-    for encoder, p in encoders:
-        gradient = jax.grad(lambda p, obs, encoder=encoder: jnp.square(encoder.apply(p, obs)).sum())
-        loop = lambda p, obs, gradient=gradient: jax.lax.scan(lambda p, _: (gradient(p, obs), None), p, length=1)[0]
-        table.append([milliseconds(f, p, obs) for f in (encoder.apply, gradient, loop)])
-    print(f"{batch} pictures on {jax.devices()[0].device_kind}\n")
-    print("| | ours, ms | nn.Conv, ms | ratio |\n| --- | --- | --- | --- |")
-    for name, ours, theirs in zip(("values", "gradients", "gradients inside a loop"), *table, strict=True):
-        print(f"| {name} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.1f} |")
+    print(f"{batch} pictures, eight of them a time step, on {jax.devices()[0].device_kind}\n")
+    print("| encoder | | ours, ms | at once, ms | ratio | nn.Conv, ms | ratio |\n" + "| --- " * 7 + "|")
+    for name, encoder, size in (
+        ("Mystery Path", ppo_agalite_mysterypath.ConvEncoder, 84),
+        ("Memory Maze", ppo_lstm_memorymaze.ImpalaEncoder, 64),
+    ):
+        obs = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch // 8, 8, size, size, 3), np.uint8))
+        params = jax.jit(encoder().init)(jax.random.key(0), obs)
+        encoders = [(InPieces(encoder), {"params": {"encoder": params["params"]}}), (encoder(), params)]
+        if name == "Mystery Path":
+            encoders.append((Convolutions(), as_convolutions(params)))
+        expected, *others = [jax.jit(module.apply)(p, obs) for module, p in encoders]
+        for other in others:
+            np.testing.assert_allclose(other, expected, rtol=1e-4, atol=1e-4)
+        table = []
+        for module, p in encoders:
+            gradient = jax.grad(lambda p, obs, module=module: jnp.square(module.apply(p, obs)).sum())
+            loop = lambda p, obs, gradient=gradient: jax.lax.scan(lambda p, _: (gradient(p, obs), None), p, length=1)[0]
+            table.append([milliseconds(f, p, obs) for f in (module.apply, gradient, loop)])
+        for row, ours, *theirs in zip(("values", "gradients", "gradients inside a loop"), *table, strict=True):
+            cells = [f"{other:.0f} | {other / ours:.1f}" for other in theirs] + [" | "] * (2 - len(theirs))
+            print(f"| {name} | {row} | {ours:.0f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=128, help="pictures")
-    main(parser.parse_args().batch)
+    batch = parser.parse_args().batch
+    if batch < 8 or batch % 8:
+        parser.error(f"--batch {batch}: must be a multiple of 8")
+    main(batch)

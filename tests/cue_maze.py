@@ -3,6 +3,7 @@
 import functools
 
 import gymnasium
+import jax
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -43,6 +44,20 @@ class CueMaze(gymnasium.Env):
 def make_env(args, share: float = 1.0):
     """As that of the scripts."""
     return functools.partial(CueMaze, max(1, round(share * STEPS)))
+
+
+def made_up_rollout(script, args, acts, params, halves, key):
+    """In place of `host_rollout`: this process' share of a rollout that depends on nothing."""
+    rng, (T, B) = np.random.default_rng(0), (args.num_steps, args.num_envs)
+    b = B // jax.process_count()
+    mine = slice(jax.process_index() * b, (jax.process_index() + 1) * b)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    transitions = script.Transition(
+        obs=rng.integers(0, 256, (T, B, 8, 8, 3), np.uint8), reset=rng.random((T, B)) < 0.2, noise=normal(T, B, 6),
+        action=rng.integers(0, 6, (T, B), np.int32), log_prob=normal(T, B), value=normal(T, B), reward=normal(T, B),
+        done=rng.random((T, B)) < 0.2,
+    )  # fmt: skip
+    return jax.tree.map(lambda x: x[:, mine], transitions), normal(B)[mine], []
 
 
 class InTurn(SyncVectorEnv):

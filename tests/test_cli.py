@@ -219,7 +219,7 @@ def test_annealed_run_cannot_be_extended(script, tmp_path, capsys):
     args = load(script).parse_args(SMALL_FLAGS[script].split() + ["--anneal-lr", "--total-timesteps", "6400"])
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
     said = refusal(script, ["--resume", str(tmp_path), "--total-timesteps", "12800"], capsys)
-    assert "--total-timesteps 12800" in said and "6400" in said
+    assert "--total-timesteps 12800" in said and "6400, to whose end its learning rate falls" in said
 
 
 @pytest.mark.parametrize("script", FIRST)

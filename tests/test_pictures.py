@@ -1,10 +1,13 @@
 """What agents that see pictures add: the encoder's convolutions, and pictures that stay bytes until they reach it."""
 
+from unittest import mock
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MYSTERYPATH, build, count_parameters, load, quick_jit, small_args
+from common import MEMORYMAZE, MYSTERYPATH, build, count_parameters, load, quick_jit, small_args
 
 
 @pytest.fixture(params=MYSTERYPATH)
@@ -38,6 +41,35 @@ def test_encoder_scales_pictures_and_has_the_published_sizes(script):
     for kernel, (size, stride) in zip(kernels, ((8, 4), (4, 2), (3, 1)), strict=True):
         x = nn.relu(script.patches(x, size, stride) @ kernel)  # biases are 0 at first
     np.testing.assert_allclose(features.ravel(), x.ravel(), atol=1e-4)
+
+
+@pytest.mark.parametrize("T, B, steps", [(6, 3, 2), (16, 1, 8), (3, 16, 1)])
+@pytest.mark.parametrize("name", [MYSTERYPATH[0], MEMORYMAZE[0]])
+def test_pieces_change_no_number_and_are_for_a_cpu_only(name, T, B, steps):
+    """in_pieces is the encoder, values and gradients, so many steps at once; a GPU gets all pictures at once."""
+    script = load(name)
+    encoder, size = (script.ConvEncoder, 36) if name in MYSTERYPATH else (script.ImpalaEncoder, 16)
+
+    class InPieces(nn.Module):
+        @nn.compact
+        def __call__(self, obs):
+            return script.in_pieces(encoder(name="encoder"), obs)
+
+    def values_and_gradients(backend):
+        """-> both, as compiled for a CPU while the script thinks that it runs on that backend, and their jaxpr."""
+        loss = lambda params, obs: (jnp.square(x := InPieces().apply(params, obs)).sum(), x)
+        function = jax.grad(loss, has_aux=True)
+        with mock.patch("jax.default_backend", lambda: backend):
+            return quick_jit(function)(params, obs), str(jax.make_jaxpr(function)(params, obs))
+
+    obs = np.random.default_rng(0).integers(0, 256, (T, B, size, size, 3), np.uint8)
+    params = quick_jit(InPieces().init)(jax.random.key(0), obs)
+    pieces, jaxpr = values_and_gradients("cpu")
+    at_once, jaxpr_at_once = values_and_gradients("gpu")
+    assert f"u8[{steps},{B},{size},{size},3]" in jaxpr and "scan[" in jaxpr and "scan[" not in jaxpr_at_once
+    assert at_once[1].shape[:2] == (T, B) and np.std(at_once[1]) > 0.01
+    for ours, theirs in zip(jax.tree.leaves(pieces), jax.tree.leaves(at_once), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_a_rollout_keeps_bytes(script):
