@@ -6,10 +6,10 @@ takes the metric named from metrics.csv of the folders, over environment steps. 
 belong together; the mean is over those updates that all of its runs have reached.
 """
 
+import argparse
 import collections
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,20 +31,21 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.array([window[~np.isnan(window)].mean() if not np.isnan(window).all() else np.nan for window in windows])
 
 
-def main(path: str, metric: str, *folders: str):
+def main(path: str, metric: str, folders: list[str], window: float):
     experiments = collections.defaultdict(list)
     for folder in map(Path, folders):
         experiments[json.loads((folder / "args.json").read_text())["exp_name"]] += curves_of(folder, metric)
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axis = figure.subplots()
     for number, (name, curves) in enumerate(sorted(experiments.items())):
-        width = max(1, len(curves[0][0]) // 50)
+        width = max(1, int(window * len(curves[0][0])))
         smoothed = [smooth(values, width) for _, values in curves]
         for (steps, _), values in zip(curves, smoothed, strict=True):
             axis.plot(steps, values, color=f"C{number}", linewidth=0.7, alpha=0.5)
         common = min(map(len, smoothed))
         mean = np.mean([values[:common] for values in smoothed], axis=0)
-        axis.plot(curves[0][0][:common], mean, color=f"C{number}", linewidth=2, label=f"{name}, {len(curves)} runs")
+        runs = f"{len(curves)} run{'s' * (len(curves) > 1)}"
+        axis.plot(curves[0][0][:common], mean, color=f"C{number}", linewidth=2, label=f"{name}, {runs}")
     axis.set(xlabel="environment steps", ylabel=metric.removeprefix("charts/").replace("_", " "))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(alpha=0.3)
@@ -53,6 +54,10 @@ def main(path: str, metric: str, *folders: str):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        raise SystemExit(f"usage: {sys.argv[0]} picture.png metric runs/...")
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", help="the file to write")
+    parser.add_argument("metric", help="a column of metrics.csv")
+    parser.add_argument("folders", nargs="+", help="of runs")
+    parser.add_argument("--window", type=float, default=0.02, help="share of a run that a point is the mean of")
+    args = parser.parse_args()
+    main(args.picture, args.metric, args.folders, args.window)

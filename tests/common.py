@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 from typing import NamedTuple
 from unittest import mock
 
@@ -231,6 +232,25 @@ def check_golden(net, params, z):
         assert gradient.dtype == jnp.float64
         assert deviation(np.asarray(gradient)[:, 0], z["input_gradient"]) <= 5e-6
     return memory
+
+
+def learn_in_turn(train, enough: int) -> int:
+    """Trains seeds 1, 2, ... until `enough` of them have learnt; two may fail -> evaluations that the slowest took.
+
+    `train(seed)` yields a success rate again and again while it trains, and has learnt when that is 0.9. Now and then
+    a small agent stays where one without memory ends, and rounding, which differs from CPU to CPU, decides which.
+    """
+    learnt, failed = [], []
+    for seed in itertools.count(1):
+        success = []
+        for rate in train(seed):
+            success.append(round(float(rate), 3))
+            if rate >= 0.9:
+                break
+        (learnt if rate >= 0.9 else failed).append(success)
+        assert len(failed) <= 2, f"success of those who failed: {failed}; of those who learnt: {learnt}"
+        if len(learnt) == enough:
+            return max(map(len, learnt))
 
 
 def assert_close(ours, expected, atol: float):

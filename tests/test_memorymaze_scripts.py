@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from cli import (
     steps,
     wait_for_row,
 )
-from common import MEMORYMAZE, assert_close, assert_identical, float64, load, random_params, small_args
+from common import MEMORYMAZE, assert_close, assert_identical, float64, learn_in_turn, load, random_params, small_args
 from cue_maze import STEPS, InTurn, make_env
 from PIL import Image
 from test_distributed import start_two
@@ -238,31 +239,36 @@ def test_every_flag_is_read(name):
     assert {field.name for field in dataclasses.fields(script.Args)} <= names
 
 
-# A cue in pictures of 8 x 8. At 2e-3 the LSTM would forget it again on a seed in five.
+# A cue in pictures of 8 x 8.
 CUE = {
     "d_actor": 32, "d_critic": 32, "num_envs": 32, "num_steps": 16, "num_minibatches": 4, "update_epochs": 6,
-    "learning_rate": 1e-3, "ent_coef": 0.01, "norm_adv": False, "anneal_lr": True, "max_grad_norm": 0.3,
+    "norm_adv": False, "anneal_lr": True, "max_grad_norm": 0.3, "total_timesteps": 49_152,
 }  # fmt: skip
-LAYERS = {"num_layers": 1, "d_model": 32, "d_head": 16, "num_heads": 2}
+LAYERS = {"num_layers": 1, "d_model": 64, "d_head": 32, "num_heads": 2, "learning_rate": 4e-4, "ent_coef": 0.02}
 CHRONO = {"gate_init": "chrono", "chrono_t_max": 10.0}
 SMALL = {
-    "ppo_lstm_memorymaze": CHRONO | {"hidden_size": 32, "update_epochs": 4, "total_timesteps": 16_384},
-    "ppo_agalite_memorymaze": CHRONO | LAYERS | {"d_ffc": 32, "eta": 2, "total_timesteps": 32_768},
-    "ppo_gtrxl_memorymaze": LAYERS | {"memory_len": 16, "total_timesteps": 16_384},
+    "ppo_lstm_memorymaze": CHRONO | {"hidden_size": 32, "learning_rate": 1e-3, "ent_coef": 0.05},
+    "ppo_agalite_memorymaze": CHRONO | LAYERS | {"d_ffc": 32, "eta": 2},
+    "ppo_gtrxl_memorymaze": LAYERS | {"memory_len": 16},
 }
+# Evaluations within the budget of --total-timesteps, and before the last of those without memory.
+CHECKS, LEAST = 12, 4
 
 
-@pytest.mark.parametrize("name, seeds", list(zip(MEMORYMAZE, ([1, 2, 3], [1], [1]), strict=True)))
-def test_learns_with_memory_and_only_with_it(name, seeds):
-    """Success is at least 0.9 in 200 episodes on each seed, and at most 0.65, chance being 0.5, for the same script
-    without memory. What sets AGaLiTe and GTrXL apart here learns on three seeds in tests/test_learning.py."""
+@pytest.mark.parametrize("name, enough", list(zip(MEMORYMAZE, (3, 1, 1), strict=True)))
+def test_learns_with_memory_and_only_with_it(name, enough):
+    """On so many seeds success comes to 0.9 in 200 episodes within the budget (`learn_in_turn` says what may fail).
+    Without memory the same script is at 0.65 or below, chance being 0.5, after the time of the slowest. What sets
+    AGaLiTe and GTrXL apart here learns on three seeds in tests/test_learning.py."""
     script, half = load(name), CUE["num_envs"] // 2
     args = script.Args(**CUE | SMALL[name], eval_episodes=200)
-    optimizer, crews = script.make_optimizer(args), [InTurn([make_env(args)] * half) for _ in range(2)]
+    # Two halves to train in, and two to evaluate in meanwhile.
+    optimizer, crews = script.make_optimizer(args), [InTurn([make_env(args)] * half) for _ in range(4)]
     space, actions = crews[0].single_observation_space, crews[0].single_action_space.n
+    shardings = script.batch_shardings(args)
 
-    def success(agent, seeds):
-        shardings = script.batch_shardings(args)
+    def learner_of(agent):
+        """-> a function that trains with a seed and yields success in 200 episodes, CHECKS times."""
         act = jax.jit(functools.partial(script.act, args, agent))
         choose = jax.jit(functools.partial(script.choose, agent, False))
         first, learn = (
@@ -273,21 +279,26 @@ def test_learns_with_memory_and_only_with_it(name, seeds):
             )
         )
         halves = [script.Half(agent, crew) for crew in crews]
-        for seed in seeds:
-            runner = script.HostRunner(first(jax.random.key(seed)))
-            for each, seeds_of_half in zip(halves, np.random.SeedSequence(seed).spawn(2), strict=True):
-                each.begin(seeds_of_half, whole=True)
-            for _ in range(args.num_updates):
-                runner, _ = script.host_update(args, act, learn, shardings, halves, None, runner)
-            params = script.local(runner.learner.params)
-            result = script.host_evaluate(args, choose, params, halves, jax.random.key(seed))
-            yield result[:, 0].mean()
-        assert act._cache_size() == choose._cache_size() == 1, "compiled once"
 
-    with_memory = list(success(script.ActorCritic(args, actions), seeds))
-    assert min(with_memory) >= 0.9, with_memory
+        def train(seed):
+            runner = script.HostRunner(first(jax.random.key(seed)))
+            for each, seeds_of_half in zip(halves[:2], np.random.SeedSequence(seed).spawn(2), strict=True):
+                each.begin(seeds_of_half, whole=True)
+            for done in range(1, args.num_updates + 1):
+                runner, _ = script.host_update(args, act, learn, shardings, halves[:2], None, runner)
+                if done % (args.num_updates // CHECKS) == 0:
+                    assert act._cache_size() == 1, "compiled once"
+                    params = script.local(runner.learner.params)
+                    result = script.host_evaluate(args, choose, params, halves[2:], jax.random.key(seed))
+                    assert choose._cache_size() == 1, "compiled once"
+                    yield result[:, 0].mean()
+
+        return train
+
+    checks = learn_in_turn(learner_of(script.ActorCritic(args, actions)), enough)
+    without = learner_of(forgetful(script.ActorCritic)(args, actions))
     # 0.65 leaves room for chance: 200 fair coins exceed it once in 100,000 times.
-    assert max(success(forgetful(script.ActorCritic)(args, actions), [1])) <= 0.65
+    assert list(itertools.islice(without(1), max(checks, LEAST)))[-1] <= 0.65
 
 
 # --------------------------------------------------------------------------------------------------- The command line
