@@ -1,16 +1,22 @@
 """Success over the corridor's length for the five memories on the T-Maze, at an equal budget of steps.
 
-    python benchmarks/corridors.py --lengths 20 40 80 120 160 200 --seeds 1 2 3 4 5
+    python benchmarks/corridors.py
+    python benchmarks/corridors.py --size small --learning-rates 5e-4 1e-3 2e-3 --total-timesteps 1e6 --at-once 2
 
 Trains under runs/ what is not there yet, goes on with what was interrupted, and then prints two tables of the share of
 episodes solved by the final parameters with sampled actions, mean over seeds and its 95% interval (Student's t): with
 the gates of each memory as published, and with gates that start with long memories (--gate-init chrono, for the LSTM
 and the GRU the biases of Tallec and Ollivier 2018). GTrXL has no such gates and stands in both with the same runs.
-It also writes docs/corridors.csv, a row a run, and docs/corridors.png. All other settings are the scripts' defaults.
+It also writes docs/corridors_<size>.csv, a row a run, and docs/corridors_<size>.png.
+
+The agents are of the published size or all of about 0.24 million parameters, so that a CPU gets through them. With
+--learning-rates each memory with each kind of gates first tries these, on a length and a seed of their own, and keeps
+the one with the highest success over the whole of the training. All other settings are the scripts' defaults.
 """
 
 import csv
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -35,7 +41,17 @@ from benchmarks.results import solved_at
 ROOT = Path(__file__).resolve().parents[1]
 Model = Literal["agalite", "galite", "gtrxl", "lstm", "gru"]
 Gates = Literal["published", "chrono"]
+Size = Literal["published", "small"]
 TITLES = {"published": "as published", "chrono": "gates with long memories at first"}
+TRIED = {"length": 80, "seed": 100}  # where learning rates are tried
+LAYERS = ["--num-layers=2", "--d-model=64", "--d-head=32"]
+SMALL = {
+    "agalite": [*LAYERS, "--d-ffc=64"],  # 240,037 parameters
+    "galite": [*LAYERS, "--d-ffc=64"],  # 244,853
+    "gtrxl": LAYERS,  # 217,413
+    "lstm": ["--hidden-size=210"],  # 245,341
+    "gru": ["--hidden-size=235"],  # 238,956
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +64,10 @@ class Args:
     """seeds, each a run of its own"""
     gates: tuple[Gates, ...] = get_args(Gates)
     """initial gates"""
+    size: Size = "published"
+    """of the agents"""
+    learning_rates: tuple[float, ...] = ()
+    """tried by each memory; none: the scripts' own"""
     total_timesteps: str = "1.5e6"
     """environment steps of each run"""
     at_once: int = 1
@@ -61,6 +81,8 @@ class Run:
     length: int
     seed: int
     total_timesteps: str
+    size: str = "published"
+    learning_rate: float | None = None
 
     @property
     def script(self) -> str:
@@ -69,7 +91,9 @@ class Run:
     @property
     def flags(self) -> list[str]:
         flags = [f"--corridor-len={self.length}", f"--seed={self.seed}", f"--total-timesteps={self.total_timesteps}"]
-        return flags + ([f"--gate-init={self.gates}"] if self.model != "gtrxl" else [])
+        flags += [f"--gate-init={self.gates}"] if self.model != "gtrxl" else []
+        flags += [f"--learning-rate={self.learning_rate}"] if self.learning_rate is not None else []
+        return flags + (SMALL[self.model] if self.size == "small" else [])
 
     def folder(self) -> Path | None:
         """Where this very run is, finished or not; None if nothing of it was saved."""
@@ -94,11 +118,18 @@ class Run:
         pin = lambda: os.sched_setaffinity(0, cores)
         return subprocess.Popen(command, stdout=said, stderr=said, preexec_fn=pin)
 
+    def metrics(self) -> list[dict]:
+        return list(csv.DictReader((self.folder() / "metrics.csv").open()))
+
+    def mean_success(self) -> float:
+        """Over the updates of its training in which an episode ended."""
+        shares = [row["charts/success_rate"] for row in self.metrics()]
+        return float(np.mean([float(share) for share in shares if share]))
+
     def row(self) -> dict:
-        folder = self.folder()
-        final = json.loads((folder / "evaluation.json").read_text())
+        final = json.loads((self.folder() / "evaluation.json").read_text())
         success, greedy = (final[kind]["success"][0] for kind in ("sampled", "greedy"))
-        solved = solved_at(list(csv.DictReader((folder / "metrics.csv").open()))) if success >= 0.95 else None
+        solved = solved_at(self.metrics()) if success >= 0.95 else None
         return dataclasses.asdict(self) | {"success": success, "greedy": greedy, "solved_at": solved and solved[0]}
 
 
@@ -137,22 +168,39 @@ def interval(values) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
+def best(trials: list[Run]) -> float | None:
+    """The learning rate with which training went best; says how it went with each."""
+    if len(trials) > 1:
+        said = ", ".join(f"{run.learning_rate:g}: {run.mean_success():.2f}" for run in trials)
+        print(f"{trials[0].model}, {TITLES[trials[0].gates]}: mean success while training by learning rate {said}")
+        return max(trials, key=Run.mean_success).learning_rate
+    return trials[0].learning_rate
+
+
 def main(args: Args) -> None:
     cores = len(os.sched_getaffinity(0))
     if not 1 <= args.at_once <= cores:
         raise SystemExit(f"--at-once {args.at_once}: must be 1 to {cores}, the number of cores")
     if not (args.models and args.lengths and args.seeds and args.gates):
         raise SystemExit("--models, --lengths, --seeds and --gates need at least one value each")
-    gates_of = lambda model: args.gates if model != "gtrxl" else ("published",)
-    runs = [
-        Run(model, gates, length, seed, args.total_timesteps)
-        for length in args.lengths for seed in args.seeds for model in args.models for gates in gates_of(model)
-    ]  # fmt: skip
+    if TRIED["seed"] in args.seeds and len(args.learning_rates) > 1:
+        raise SystemExit(f"--seeds: {TRIED['seed']} is the one that learning rates are tried on")
     os.chdir(ROOT)
+    run_of = functools.partial(Run, total_timesteps=args.total_timesteps, size=args.size)
+    kinds = [(model, gates) for model in args.models for gates in (args.gates if model != "gtrxl" else ("published",))]
+    rates = args.learning_rates or (None,)
+    trials = [[run_of(*kind, **TRIED, learning_rate=rate) for rate in rates] for kind in kinds]
+    if len(rates) > 1:
+        train([run for tried in trials for run in tried if not run.finished()], args.at_once)
+    chosen = [(*kind, best(tried)) for kind, tried in zip(kinds, trials, strict=True)]
+    runs = [
+        run_of(model, gates, length, seed, learning_rate=rate)
+        for seed in args.seeds for length in args.lengths for model, gates, rate in chosen
+    ]  # fmt: skip
     train([run for run in runs if not run.finished()], args.at_once)
 
     rows = [run.row() for run in runs]
-    with open("docs/corridors.csv", "w", newline="") as file:
+    with open(f"docs/corridors_{args.size}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -172,7 +220,7 @@ def main(args: Args) -> None:
         axis.set(title=TITLES[gates], xlabel="corridor length", ylabel="success", ylim=(-0.05, 1.05))
         axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    figure.savefig("docs/corridors.png", dpi=150)
+    figure.savefig(f"docs/corridors_{args.size}.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from common import FIRST, assert_close, build, load, quick_jit, random_observations, small_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from corridors import Run, interval
+from corridors import Run, best, interval
 from curves import smooth
 from results import solved_at
 from without_memory import forgetful
@@ -52,6 +52,26 @@ def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
     assert run.folder().name == folders[3].name and not run.finished()
     (folders[3] / "evaluation.json").write_text("{}")
     assert run.finished()
+    tuned = dataclasses.replace(run, size="small", learning_rate=1e-3)
+    assert tuned.folder() is None
+    (folders[0] / "args.json").write_text(json.dumps(args | {"hidden_size": 210, "learning_rate": 1e-3}))
+    assert tuned.folder().name == folders[0].name and not tuned.finished()
+
+
+def test_the_learning_rate_kept_is_the_one_that_learnt_soonest(tmp_path, monkeypatch, capsys):
+    """By the mean over the updates in which an episode ended, not by the last one; a single one is not looked at."""
+    monkeypatch.chdir(tmp_path)
+    trials = [Run("gru", "chrono", 80, 100, "3e5", "small", rate) for rate in (1e-3, 2e-3)]
+    assert best(trials[:1]) == 1e-3
+    for i, (run, shares) in enumerate(zip(trials, (["", 0.9, 0.9], [0.5, "", 1.0]), strict=True)):
+        folder = tmp_path / "runs" / f"tmaze__ppo_gru_tmaze__100__{i}"
+        (folder / "checkpoints" / "0").mkdir(parents=True)
+        args = dataclasses.asdict(load("ppo_gru_tmaze").parse_args(run.flags))
+        (folder / "args.json").write_text(json.dumps(args))
+        rows = "".join(f"{share},100\n" for share in shares)
+        (folder / "metrics.csv").write_text("charts/success_rate,seed\n" + rows)
+    assert best(trials) == 1e-3
+    assert "0.001: 0.90, 0.002: 0.75" in capsys.readouterr().out
 
 
 def test_interval_is_students():
