@@ -1,16 +1,17 @@
 """Success over the corridor's length for the five memories on the T-Maze, at an equal budget of steps.
 
     python benchmarks/corridors.py
-    python benchmarks/corridors.py --size small --learning-rates 5e-4 1e-3 2e-3 --total-timesteps 1e6 --at-once 2
+    python benchmarks/corridors.py --size small --learning-rates 2e-3 4e-3 8e-3 --total-timesteps 1e6 --at-once 2
 
 Trains under runs/ what is not there yet, goes on with what was interrupted, and then prints two tables of the share of
 episodes solved by the final parameters with sampled actions, mean over seeds and its 95% interval (Student's t): with
 the gates of each memory as published, and with gates that start with long memories (--gate-init chrono, for the LSTM
 and the GRU the biases of Tallec and Ollivier 2018). GTrXL has no such gates and stands in both with the same runs.
-It also writes docs/corridors_<size>.csv, a row a run, and docs/corridors_<size>.png.
+It also writes docs/corridors_<size>.csv, a row a seed, and docs/corridors_<size>.png. All seeds of a setting are one
+run (--num-seeds of the scripts).
 
-The agents are of the published size or all of about 0.24 million parameters, so that a CPU gets through them. With
---learning-rates each memory with each kind of gates first tries these, on a length and a seed of their own, and keeps
+The agents are of the published size or all of about 45,000 parameters, so that a CPU gets through them. With
+--learning-rates each memory with each kind of gates first tries these, on a length and seeds of their own, and keeps
 the one with the highest success over the whole of the training. All other settings are the scripts' defaults.
 """
 
@@ -43,14 +44,15 @@ Model = Literal["agalite", "galite", "gtrxl", "lstm", "gru"]
 Gates = Literal["published", "chrono"]
 Size = Literal["published", "small"]
 TITLES = {"published": "as published", "chrono": "gates with long memories at first"}
-TRIED = {"length": 80, "seed": 100}  # where learning rates are tried
-LAYERS = ["--num-layers=2", "--d-model=64", "--d-head=32"]
+TRIED = {"length": 80, "seed": 100, "num_seeds": 2}  # where learning rates are tried
+HEADS = ["--d-actor=32", "--d-critic=32"]
+LAYERS = [*HEADS, "--num-layers=2", "--d-model=32", "--d-head=16", "--num-heads=2"]
 SMALL = {
-    "agalite": [*LAYERS, "--d-ffc=64"],  # 240,037 parameters
-    "galite": [*LAYERS, "--d-ffc=64"],  # 244,853
-    "gtrxl": LAYERS,  # 217,413
-    "lstm": ["--hidden-size=210"],  # 245,341
-    "gru": ["--hidden-size=235"],  # 238,956
+    "agalite": [*LAYERS, "--d-ffc=32"],  # 46,261 parameters
+    "galite": [*LAYERS, "--d-ffc=32"],  # 46,429
+    "gtrxl": LAYERS,  # 42,629
+    "lstm": [*HEADS, "--hidden-size=92"],  # 46,229
+    "gru": [*HEADS, "--hidden-size=106"],  # 46,233
 }
 
 
@@ -60,8 +62,8 @@ class Args:
     """memories to compare"""
     lengths: tuple[int, ...] = (20, 40, 80, 120, 160, 200)
     """corridors"""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """seeds, each a run of its own"""
+    num_seeds: int = 5
+    """seeds of each setting, from 1 on"""
     gates: tuple[Gates, ...] = get_args(Gates)
     """initial gates"""
     size: Size = "published"
@@ -69,7 +71,7 @@ class Args:
     learning_rates: tuple[float, ...] = ()
     """tried by each memory; none: the scripts' own"""
     total_timesteps: str = "1.5e6"
-    """environment steps of each run"""
+    """environment steps of each seed"""
     at_once: int = 1
     """runs at a time, each on its share of the cores"""
 
@@ -79,8 +81,9 @@ class Run:
     model: str
     gates: str
     length: int
-    seed: int
     total_timesteps: str
+    seed: int = 1
+    num_seeds: int = 1
     size: str = "published"
     learning_rate: float | None = None
 
@@ -90,7 +93,8 @@ class Run:
 
     @property
     def flags(self) -> list[str]:
-        flags = [f"--corridor-len={self.length}", f"--seed={self.seed}", f"--total-timesteps={self.total_timesteps}"]
+        flags = [f"--corridor-len={self.length}", f"--total-timesteps={self.total_timesteps}"]
+        flags += [f"--seed={self.seed}", f"--num-seeds={self.num_seeds}"]
         flags += [f"--gate-init={self.gates}"] if self.model != "gtrxl" else []
         flags += [f"--learning-rate={self.learning_rate}"] if self.learning_rate is not None else []
         return flags + (SMALL[self.model] if self.size == "small" else [])
@@ -122,15 +126,21 @@ class Run:
         return list(csv.DictReader((self.folder() / "metrics.csv").open()))
 
     def mean_success(self) -> float:
-        """Over the updates of its training in which an episode ended."""
+        """Over the updates in which an episode ended, of all seeds."""
         shares = [row["charts/success_rate"] for row in self.metrics()]
         return float(np.mean([float(share) for share in shares if share]))
 
-    def row(self) -> dict:
-        final = json.loads((self.folder() / "evaluation.json").read_text())
-        success, greedy = (final[kind]["success"][0] for kind in ("sampled", "greedy"))
-        solved = solved_at(self.metrics()) if success >= 0.95 else None
-        return dataclasses.asdict(self) | {"success": success, "greedy": greedy, "solved_at": solved and solved[0]}
+    def rows(self) -> list[dict]:
+        """What it is and how it ended, of each seed."""
+        final, metrics = json.loads((self.folder() / "evaluation.json").read_text()), self.metrics()
+        setting = {name: value for name, value in dataclasses.asdict(self).items() if name != "num_seeds"}
+        rows = []
+        for i, (success, greedy) in enumerate(zip(*(final[x]["success"] for x in ("sampled", "greedy")), strict=True)):
+            own = [row for row in metrics if int(row["seed"]) == self.seed + i]
+            solved = solved_at(own) if success >= 0.95 else None
+            result = {"success": success, "greedy": greedy, "solved_at": solved and solved[0]}
+            rows.append(setting | {"seed": self.seed + i} | result)
+        return rows
 
 
 def train(waiting: list[Run], at_once: int) -> None:
@@ -181,10 +191,10 @@ def main(args: Args) -> None:
     cores = len(os.sched_getaffinity(0))
     if not 1 <= args.at_once <= cores:
         raise SystemExit(f"--at-once {args.at_once}: must be 1 to {cores}, the number of cores")
-    if not (args.models and args.lengths and args.seeds and args.gates):
-        raise SystemExit("--models, --lengths, --seeds and --gates need at least one value each")
-    if TRIED["seed"] in args.seeds and len(args.learning_rates) > 1:
-        raise SystemExit(f"--seeds: {TRIED['seed']} is the one that learning rates are tried on")
+    if not (args.models and args.lengths and args.gates):
+        raise SystemExit("--models, --lengths and --gates need at least one value each")
+    if not 1 <= args.num_seeds < TRIED["seed"]:
+        raise SystemExit(f"--num-seeds {args.num_seeds}: must be 1 to {TRIED['seed'] - 1}, as trials have those beyond")
     os.chdir(ROOT)
     run_of = functools.partial(Run, total_timesteps=args.total_timesteps, size=args.size)
     kinds = [(model, gates) for model in args.models for gates in (args.gates if model != "gtrxl" else ("published",))]
@@ -194,12 +204,12 @@ def main(args: Args) -> None:
         train([run for tried in trials for run in tried if not run.finished()], args.at_once)
     chosen = [(*kind, best(tried)) for kind, tried in zip(kinds, trials, strict=True)]
     runs = [
-        run_of(model, gates, length, seed, learning_rate=rate)
-        for seed in args.seeds for length in args.lengths for model, gates, rate in chosen
+        run_of(model, gates, length, num_seeds=args.num_seeds, learning_rate=rate)
+        for length in args.lengths for model, gates, rate in chosen
     ]  # fmt: skip
     train([run for run in runs if not run.finished()], args.at_once)
 
-    rows = [run.row() for run in runs]
+    rows = [row for run in runs for row in run.rows()]
     with open(f"docs/corridors_{args.size}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

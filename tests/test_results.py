@@ -38,7 +38,7 @@ def test_solved_is_the_first_time_and_forgets_old_failures():
 def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
     """A run counts if all that touches its computation is as wanted, and as finished once it has been evaluated."""
     monkeypatch.chdir(tmp_path)
-    run = Run("lstm", "chrono", 20, 3, "3e5")
+    run = Run("lstm", "chrono", 20, "3e5", seed=3)
     args = dataclasses.asdict(load("ppo_lstm_tmaze").parse_args(run.flags))
     folders = [tmp_path / "runs" / f"tmaze__ppo_lstm_tmaze__3__{i}" for i in range(4)]
     changes = {"learning_rate": 1e-3}, {"total_timesteps": 200_000}, {"gate_init": "published"}, {"eval_episodes": 7}
@@ -53,15 +53,16 @@ def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
     (folders[3] / "evaluation.json").write_text("{}")
     assert run.finished()
     tuned = dataclasses.replace(run, size="small", learning_rate=1e-3)
+    sizes = {"hidden_size": 92, "d_actor": 32, "d_critic": 32}
     assert tuned.folder() is None
-    (folders[0] / "args.json").write_text(json.dumps(args | {"hidden_size": 210, "learning_rate": 1e-3}))
+    (folders[0] / "args.json").write_text(json.dumps(args | sizes | {"learning_rate": 1e-3}))
     assert tuned.folder().name == folders[0].name and not tuned.finished()
 
 
 def test_the_learning_rate_kept_is_the_one_that_learnt_soonest(tmp_path, monkeypatch, capsys):
     """By the mean over the updates in which an episode ended, not by the last one; a single one is not looked at."""
     monkeypatch.chdir(tmp_path)
-    trials = [Run("gru", "chrono", 80, 100, "3e5", "small", rate) for rate in (1e-3, 2e-3)]
+    trials = [Run("gru", "chrono", 80, "3e5", 100, 1, "small", rate) for rate in (1e-3, 2e-3)]
     assert best(trials[:1]) == 1e-3
     for i, (run, shares) in enumerate(zip(trials, (["", 0.9, 0.9], [0.5, "", 1.0]), strict=True)):
         folder = tmp_path / "runs" / f"tmaze__ppo_gru_tmaze__100__{i}"
@@ -72,6 +73,26 @@ def test_the_learning_rate_kept_is_the_one_that_learnt_soonest(tmp_path, monkeyp
         (folder / "metrics.csv").write_text("charts/success_rate,seed\n" + rows)
     assert best(trials) == 1e-3
     assert "0.001: 0.90, 0.002: 0.75" in capsys.readouterr().out
+
+
+def test_each_seed_of_a_run_has_its_own_row(tmp_path, monkeypatch):
+    """Success by seed from the evaluation, solved where that seed's own rows say so and its evaluation confirms it."""
+    monkeypatch.chdir(tmp_path)
+    run = Run("gru", "published", 20, "3e5", seed=1, num_seeds=3)
+    folder = tmp_path / "runs" / "tmaze__ppo_gru_tmaze__1__0"
+    (folder / "checkpoints" / "0").mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(load("ppo_gru_tmaze").parse_args(run.flags))))
+    success = {"sampled": {"success": [1.0, 0.5, 0.9]}, "greedy": {"success": [1.0, 0.4, 1.0]}}
+    (folder / "evaluation.json").write_text(json.dumps(success))
+    lines = [f"{100 * u},{s},{60 * u},200,{1.0 if u >= s else 0.1}" for u in (1, 2, 3) for s in (1, 2, 3)]
+    head = "global_step,seed,elapsed,charts/episodes,charts/success_rate"
+    (folder / "metrics.csv").write_text("\n".join([head, *lines]))
+    rows = run.rows()
+    assert [(row["seed"], row["success"], row["greedy"]) for row in rows] == [(1, 1, 1), (2, 0.5, 0.4), (3, 0.9, 1)]
+    assert [row["solved_at"] for row in rows] == [100, None, None]
+    assert rows[0]["model"] == "gru" and "num_seeds" not in rows[0]
+    run = dataclasses.replace(run, num_seeds=2)
+    assert run.folder() is None, "a run of other seeds"
 
 
 def test_interval_is_students():
