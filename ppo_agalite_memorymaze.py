@@ -107,6 +107,8 @@ class Args:
     """the environment
     MemoryMaze-9x9-v0, -11x11-, -13x13- or -15x15-, with 3 to 6 objects, for 1000 to 4000 steps"""
 
+    num_channels: int = 16
+    """channels of the encoder's first convolution; the others have twice as many"""
     num_layers: int = 4
     """layers of the memory"""
     d_model: int = 128
@@ -459,15 +461,17 @@ def max_pool(x):
 class ImpalaEncoder(nn.Module):
     """Pictures (T, B, H, W, 3) of 0 .. 255 -> (T, B, 256), by the residual network of IMPALA (Espeholt et al. 2018)."""
 
+    channels: int = 16
+
     @nn.compact
     def __call__(self, obs):
         x = obs / 255.0
-        for features in (16, 32, 32):
+        for features in (self.channels, 2 * self.channels, 2 * self.channels):
             x = max_pool(Conv3x3(features)(x))  # half as high and wide
             for _ in range(2):
                 y = Conv3x3(features)(nn.relu(x))
                 x = x + Conv3x3(features)(nn.relu(y))
-        x = nn.relu(x).reshape(*x.shape[:2], -1)  # (T, B, H/8 * W/8 * 32)
+        x = nn.relu(x).reshape(*x.shape[:2], -1)  # (T, B, H/8 * W/8 * 2 * channels)
         return nn.relu(nn.Dense(256, kernel_init=orthogonal)(x))
 
 
@@ -502,7 +506,7 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, reset, memory: Memory):
-        x = in_pieces(ImpalaEncoder(name="encoder"), obs)  # (T, B, 256)
+        x = in_pieces(ImpalaEncoder(self.args.num_channels, name="encoder"), obs)  # (T, B, 256)
         x, memory = AGaLiTe(self.args, name="memory")(x, reset, memory)  # (T, B, D)
         logits = Head(self.args.d_actor, self.num_actions, name="actor")(x)
         value = Head(self.args.d_critic, 1, name="critic")(x).squeeze(-1)

@@ -104,6 +104,8 @@ class Args:
     MysteryPath-Grid-Easy-v0, or MysteryPath-Easy-v0 with free movement
     without Easy start and goal are out of sight, and on the grid progress pays nothing"""
 
+    num_channels: int = 32
+    """channels of the encoder's first convolution; the others have twice as many"""
     num_layers: int = 4
     """layers of the memory"""
     d_model: int = 128
@@ -434,18 +436,20 @@ def patches(x, size: int, stride: int):
 
 
 class ConvEncoder(nn.Module):
-    """Pictures (T, B, 84, 84, 3) of 0 .. 255 -> (T, B, 3136), by the three convolutions of Mnih et al. 2015.
+    """Pictures (T, B, 84, 84, 3) of 0 .. 255 -> (T, B, 98 * channels), by the three convolutions of Mnih et al. 2015.
 
     They are written as products of matrices: in a loop on a CPU, as here, the gradients of XLA's own convolutions take
     about twenty times as long (benchmarks/encoder.py).
     """
 
+    channels: int = 32
+
     @nn.compact
     def __call__(self, obs):
         conv = lambda features, x: nn.relu(nn.Dense(features, kernel_init=orthogonal)(x))
-        x = conv(32, patches(obs, 8, 4) / 255.0)  # (T, B, 20, 20, 32)
-        x = conv(64, patches(x, 4, 2))  # (T, B, 9, 9, 64)
-        x = conv(64, patches(x, 3, 1))  # (T, B, 7, 7, 64)
+        x = conv(self.channels, patches(obs, 8, 4) / 255.0)  # (T, B, 20, 20, channels)
+        x = conv(2 * self.channels, patches(x, 4, 2))  # (T, B, 9, 9, 2 * channels)
+        x = conv(2 * self.channels, patches(x, 3, 1))  # (T, B, 7, 7, 2 * channels)
         return x.reshape(*x.shape[:2], -1)
 
 
@@ -480,7 +484,7 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, reset, memory: Memory):
-        x = in_pieces(ConvEncoder(name="encoder"), obs)  # (T, B, 3136)
+        x = in_pieces(ConvEncoder(self.args.num_channels, name="encoder"), obs)  # (T, B, 98 * channels)
         x, memory = AGaLiTe(self.args, name="memory")(x, reset, memory)  # (T, B, D)
         logits = Head(self.args.d_actor, self.num_actions, name="actor")(x)
         value = Head(self.args.d_critic, 1, name="critic")(x).squeeze(-1)

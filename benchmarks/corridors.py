@@ -22,6 +22,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -144,7 +145,8 @@ class Run:
 
 
 def train(waiting: list[Run], at_once: int) -> None:
-    """Trains all of them. Ctrl-C, or a run that fails, stops those that run, saved; the next call goes on."""
+    """Trains all of them. Ctrl-C, SIGTERM or a run that fails stops those that run, saved; the next call goes on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     shares = [set(share.tolist()) for share in np.array_split(sorted(os.sched_getaffinity(0)), at_once)]
     running = {}
     try:

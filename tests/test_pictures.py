@@ -43,6 +43,24 @@ def test_encoder_scales_pictures_and_has_the_published_sizes(script):
     np.testing.assert_allclose(features.ravel(), x.ravel(), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", MYSTERYPATH + MEMORYMAZE)
+def test_num_channels_is_the_first_convolution_and_half_of_the_others(name):
+    """As published by default, 32, 64, 64 and IMPALA's 16, 32, 32; so many of the agent's encoder where told."""
+    script = load(name)
+    size, blocks = (84, 1) if name in MYSTERYPATH else (64, 5)  # IMPALA's three stages have five convolutions each
+
+    def widths(args):
+        agent, obs = script.ActorCritic(args, 4), np.zeros((1, 8, size, size, 3), np.uint8)
+        init = lambda key: agent.init(key, obs, np.ones((1, 8), bool), agent.initial_memory(8))
+        encoder = jax.eval_shape(init, jax.random.key(0))["params"]["encoder"]
+        kernels = [x for x in jax.tree.leaves(encoder) if x.ndim >= 2]
+        return sorted(x.shape[-1] for x in kernels if x.shape[-1] != 256)
+
+    published = 32 if name in MYSTERYPATH else 16
+    for args, first in ((script.Args(), published), (script.Args(num_channels=5), 5)):
+        assert widths(args) == [first] * blocks + [2 * first] * 2 * blocks
+
+
 @pytest.mark.parametrize("T, B, steps", [(6, 3, 2), (16, 1, 8), (3, 16, 1)])
 @pytest.mark.parametrize("name", [MYSTERYPATH[0], MEMORYMAZE[0]])
 def test_pieces_change_no_number_and_are_for_a_cpu_only(name, T, B, steps):
