@@ -220,7 +220,7 @@ def main(args: Args) -> None:
     for axis, gates in zip(figure.subplots(1, len(args.gates), squeeze=False)[0], args.gates, strict=True):
         print(f"\n| {TITLES[gates]} | " + " | ".join(map(str, args.lengths)) + " |")
         print("| --- " * (len(args.lengths) + 1) + "|")
-        for model in args.models:
+        for number, model in enumerate(args.models):
             cells = []
             for length in args.lengths:
                 own = [row["success"] for row in rows if (row["model"], row["length"]) == (model, length)
@@ -228,7 +228,8 @@ def main(args: Args) -> None:
                 cells.append(interval(own))
             mean, half = np.array(cells).T
             print(f"| {model} | " + " | ".join(f"{m:.2f} ± {h:.2f}" for m, h in cells) + " |")
-            axis.errorbar(args.lengths, mean, half, label=model, marker="o", markersize=3, capsize=2, alpha=0.8)
+            beside = np.array(args.lengths) + 1.5 * number  # or the intervals would hide each other
+            axis.errorbar(beside, mean, half, label=model, marker="o", markersize=3, capsize=2, alpha=0.8)
         axis.set(title=TITLES[gates], xlabel="corridor length", ylabel="success", ylim=(-0.05, 1.05))
         axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
