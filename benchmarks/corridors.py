@@ -17,6 +17,7 @@ the one with the highest success over the whole of the training. All other setti
 
 import csv
 import dataclasses
+import fcntl
 import functools
 import importlib
 import json
@@ -144,6 +145,17 @@ class Run:
         return rows
 
 
+def alone():
+    """Keeps another call out, which would train in the same folders -> the file to keep open until the end."""
+    Path("runs").mkdir(exist_ok=True)
+    file = open("runs/corridors.lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit("corridors.py is already running here; wait for it or stop it, what it did is kept") from None
+    return file
+
+
 def train(waiting: list[Run], at_once: int) -> None:
     """Trains all of them. Ctrl-C, SIGTERM or a run that fails stops those that run, saved; the next call goes on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -198,6 +210,12 @@ def main(args: Args) -> None:
     if not 1 <= args.num_seeds < TRIED["seed"]:
         raise SystemExit(f"--num-seeds {args.num_seeds}: must be 1 to {TRIED['seed'] - 1}, as trials have those beyond")
     os.chdir(ROOT)
+    with alone():
+        compare(args)
+
+
+def compare(args: Args) -> None:
+    """Trains what is missing, and prints, writes and draws what came of it."""
     run_of = functools.partial(Run, total_timesteps=args.total_timesteps, size=args.size)
     kinds = [(model, gates) for model in args.models for gates in (args.gates if model != "gtrxl" else ("published",))]
     rates = args.learning_rates or (None,)

@@ -220,6 +220,18 @@ def test_the_counter_is_exact_forever(r):
         np.testing.assert_array_equal(late[2].tick, (time + 3) % period)
 
 
+@pytest.mark.parametrize("r", [1, 2, 3, 4, 5])
+def test_an_odd_r_has_a_plain_gated_sum(r):
+    """Frequency 0, of an odd r above 1, keeps the same keys as the norm, so queries and keys cancel in its term."""
+    args, agent, params, obs, memory = agent_case(r)
+    reset = np.zeros(obs.shape[:2], bool)
+    _, _, memory = quick_jit(agent.apply)(params, obs, reset, agent.initial_memory(B))
+    omega = np.abs(np.linspace(-np.pi, np.pi, r))
+    for layer in memory.layers:
+        same = [np.allclose(layer.keys[:, f], layer.norm, atol=1e-6) for f in range(layer.keys.shape[1])]
+        assert same == [bool((omega[which_frequency(r) == f] < 1e-6).all()) for f in range(len(same))]
+
+
 # --------------------------------------------------------------------------------------------------------- Parameters
 @pytest.mark.parametrize("gate_init", ["published", "chrono"])
 def test_parameter_count(gate_init):

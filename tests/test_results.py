@@ -8,10 +8,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from common import FIRST, assert_close, build, load, quick_jit, random_observations, small_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from corridors import Run, best, interval
+from corridors import Run, alone, best, interval
 from curves import smooth
 from results import solved_at
 from without_memory import forgetful
@@ -33,6 +34,14 @@ def test_solved_is_the_first_time_and_forgets_old_failures():
     assert solved_at(rows_of((500, 0.0), (100, 1.0), (100, 1.0), (100, 0.0))) == (300, 3.0)
     assert solved_at(rows_of((500, 0.0), (100, 1.0), (100, 0.89))) is None
     assert solved_at(rows_of((100, 1.0), (100, 0.91), (100, 0.0))) == (200, 2.0)
+
+
+def test_a_comparison_runs_alone(tmp_path, monkeypatch):
+    """A second call would resume the runs that the first is training; after its end there is room again."""
+    monkeypatch.chdir(tmp_path)
+    with alone(), pytest.raises(SystemExit, match="already running"):
+        alone()
+    alone().close()
 
 
 def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
