@@ -11,7 +11,7 @@ What to learn here: what a window of past steps costs, and how far it sees, besi
 with ppo_agalite_mysterypath.py shows that: all but the memory and its settings is the same text.
 
 What to expect: it learns the cue of small pictures (tests/test_learning.py). Mystery Path itself, 150M steps as
-published, has not been run.
+published, has not been run; for a size that a CPU can do, see the one for AGaLiTe in README.
 
 Letters of the axes, time first throughout:
     T time steps   B environments   S seeds   D d_model   H heads   d d_head   M memory_len   L layers   C block length
