@@ -223,7 +223,7 @@ def test_the_counter_is_exact_forever(r):
 @pytest.mark.parametrize("r", [1, 2, 3, 4, 5])
 def test_an_odd_r_has_a_plain_gated_sum(r):
     """Frequency 0, of an odd r above 1, keeps the same keys as the norm, so queries and keys cancel in its term."""
-    args, agent, params, obs, memory = agent_case(r)
+    _, agent, params, obs, _ = agent_case(r)
     reset = np.zeros(obs.shape[:2], bool)
     _, _, memory = quick_jit(agent.apply)(params, obs, reset, agent.initial_memory(B))
     omega = np.abs(np.linspace(-np.pi, np.pi, r))
