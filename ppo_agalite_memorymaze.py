@@ -226,6 +226,7 @@ def make_env(args: Args, share: float = 1.0) -> Callable[..., gymnasium.Env]:
 
 # ---------------------------------------------------------------------------------------------------------------- Model
 orthogonal = nn.initializers.orthogonal(math.sqrt(2))
+lecun_normal = nn.initializers.lecun_normal()
 
 
 def blockwise(init, num_blocks: int):
@@ -444,7 +445,7 @@ class Conv3x3(nn.Module):
     @nn.compact
     def __call__(self, x):
         H, W, C = x.shape[-3:]
-        kernel = self.param("kernel", orthogonal, (9 * C, self.features)).reshape(3, 3 * C, self.features)
+        kernel = self.param("kernel", lecun_normal, (9 * C, self.features)).reshape(3, 3 * C, self.features)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
         rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H + 2, W, 3C)
@@ -459,7 +460,11 @@ def max_pool(x):
 
 
 class ImpalaEncoder(nn.Module):
-    """Pictures (T, B, H, W, 3) of 0 .. 255 -> (T, B, 256), by the residual network of IMPALA (Espeholt et al. 2018)."""
+    """Pictures (T, B, H, W, 3) of 0 .. 255 -> (T, B, 256), by the residual network of IMPALA (Espeholt et al. 2018).
+
+    Its kernels start as IMPALA's do, with variance 1 / inputs. With the other layers' gain sqrt 2 the six residual sums
+    would grow to features so large that many of an LSTM's gates begin saturated.
+    """
 
     channels: int = 16
 
@@ -472,7 +477,7 @@ class ImpalaEncoder(nn.Module):
                 y = Conv3x3(features)(nn.relu(x))
                 x = x + Conv3x3(features)(nn.relu(y))
         x = nn.relu(x).reshape(*x.shape[:2], -1)  # (T, B, H/8 * W/8 * 2 * channels)
-        return nn.relu(nn.Dense(256, kernel_init=orthogonal)(x))
+        return nn.relu(nn.Dense(256, kernel_init=lecun_normal)(x))
 
 
 def in_pieces(encoder: nn.Module, obs):
@@ -508,8 +513,9 @@ class ActorCritic(nn.Module):
     def __call__(self, obs, reset, memory: Memory):
         x = in_pieces(ImpalaEncoder(self.args.num_channels, name="encoder"), obs)  # (T, B, 256)
         x, memory = AGaLiTe(self.args, name="memory")(x, reset, memory)  # (T, B, D)
-        logits = Head(self.args.d_actor, self.num_actions, name="actor")(x)
-        value = Head(self.args.d_critic, 1, name="critic")(x).squeeze(-1)
+        # A reward comes once in some thousand steps: the first policy is near uniform, and the first value near 0.
+        logits = Head(self.args.d_actor, self.num_actions, gain=0.01, name="actor")(x)
+        value = Head(self.args.d_critic, 1, gain=0.01, name="critic")(x).squeeze(-1)
         return logits, value, memory
 
 

@@ -206,6 +206,30 @@ def test_parameters_at_full_size(name, count):
     assert sum(jax.tree.leaves(sizes)) == count
 
 
+@pytest.mark.parametrize("name", MEMORYMAZE)
+def test_parameters_at_first(name):
+    """Kernels of the encoder have variance 1 / inputs, which keeps its features small enough for an LSTM's gates; both
+    heads end with gain 0.01: all actions alike, values near 0. Biases are 0."""
+    script, rng = load(name), np.random.default_rng(0)
+    agent = script.ActorCritic(script.Args(), 6)
+    obs, reset = rng.integers(0, 256, (1, 4, 64, 64, 3), np.uint8), np.ones((1, 4), bool)
+    variables = jax.jit(agent.init)(jax.random.key(0), obs, reset, agent.initial_memory(4))
+    params = float64(variables["params"])
+    for path, x in jax.tree.leaves_with_path(params["encoder"]):
+        if path[-1].key == "bias":
+            assert not x.any()
+        else:  # 432 numbers and more
+            np.testing.assert_allclose(np.sqrt(len(x) * np.square(x).mean()), 1, atol=0.15)
+    features = script.ImpalaEncoder().apply({"params": variables["params"]["encoder"]}, obs)
+    assert 0.05 < np.sqrt(np.square(features).mean()) < 1.5
+    for head in ("actor", "critic"):
+        last = params[head]["Dense_1"]
+        np.testing.assert_allclose(np.linalg.svd(last["kernel"], compute_uv=False), 0.01, rtol=1e-4)
+        assert not last["bias"].any()
+    logits, value, _ = agent.apply(variables, obs, reset, agent.initial_memory(4))
+    assert np.abs(jax.nn.softmax(logits) - 1 / 6).max() < 0.01 and np.abs(value).max() < 0.02
+
+
 @pytest.mark.parametrize("name", FIRST)
 def test_encoder_is_made_of_convolutions(name):
     """Its convolution and its pooling are what Flax calls SAME, values and gradients."""
