@@ -13,7 +13,7 @@ What to learn here: how PPO goes with environments that are processes on the CPU
 which one half of the environments steps while the agent acts for the other; all that comes after it is the same text
 as in ppo_agalite_mysterypath.py. To compare memories, `diff` with ppo_lstm_memorymaze.py or ppo_gtrxl_memorymaze.py.
 
-What to expect: README's small size finds 0.7 to 1.2 objects an episode after 750k steps, 70 minutes on a CPU core, and
+What to expect: README's small size finds about one object an episode after 750k steps, 70 minutes on a CPU core, and
 a random policy 0.16. Not trained at the published size; the environment's authors give their agents 100M steps. A small
 cue task it learns, and only with its memory (tests/test_memorymaze_scripts.py).
 
