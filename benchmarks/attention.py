@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py
 
-The authors materialise keys, queries and gates expanded to eta * d for all T steps and all r frequencies, and run one
-`jax.lax.associative_scan` over them. That form is written here afresh from the equations, jitted, and checked to give
-the same outputs and gradients as ours before anything is timed. Every row is measured with both forms in turn, so
-trust the ratios and not the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs.
+The authors store keys, queries and gates, expanded to eta * d, for all T steps and all r frequencies, and run one
+`jax.lax.associative_scan` over them. That form is written here from the equations, jitted, and checked to give the same
+outputs and gradients as ours before anything is timed. Each row measures both forms in turn, so trust the ratios and
+not the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs.
 """
 
 import sys
@@ -17,17 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ppo_agalite_tmaze import LayerMemory, cosine_frequencies, gated_linear_attention
+from ppo_agalite_tmaze import LayerMemory, gated_linear_attention
+
+R = 2  # frequencies, as published
 
 
-def authors_form(memory, keep, cosines, count, k, q, v, beta, gamma, p1, p2, p3):
+def state_of_frequency(r: int) -> np.ndarray:
+    """For each of linspace(-pi, pi, r) the index of our state that stands for it: w and -w share one."""
+    return np.minimum(np.arange(r), np.arange(r)[::-1])
+
+
+def authors_form(memory, reset, cos, weight, k, q, v, beta, gamma, p1, p2, p3, r: int = R):
     """Same arguments and results as `gated_linear_attention`; all r frequencies, all T steps at once."""
     T, B, H, d = k.shape
-    r = int(count.sum())
-    which = np.repeat(np.arange(len(count)), count)  # (r,), the state each of the r frequencies stands for
+    which = state_of_frequency(r)
     expand = lambda p, x: (p[..., :, None] * x[..., None, :]).reshape(T, B, H, -1)
     k, q, gamma = expand(p1, k), expand(p2, q), expand(p3, gamma)  # (T, B, H, e * d)
-    keep, cosines = keep[:, :, None, None], cosines[:, :, which, None, None]  # (T, B, 1, 1), (T, B, r, 1, 1)
+    keep, cos = 1.0 - reset[:, :, None, None], cos[:, :, which, None, None]  # (T, B, 1, 1), (T, B, r, 1, 1)
 
     def scan(decay, inflow, start):
         inflow = inflow.at[0].add(decay[0] * start)
@@ -37,35 +43,36 @@ def authors_form(memory, keep, cosines, count, k, q, v, beta, gamma, p1, p2, p3)
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
     key_decay = jnp.broadcast_to(((1 - gamma) * keep)[:, :, None], (T, B, r, H, k.shape[-1]))
     value_decay = jnp.broadcast_to(((1 - beta) * keep)[:, :, None], (T, B, r, H, d))
-    keys = scan(key_decay, (gamma * k)[:, :, None] * cosines, flat(memory.keys[:, which]))  # (T, B, r, H, e * d)
-    values = scan(value_decay, (beta * v)[:, :, None] * cosines, memory.values[:, which])  # (T, B, r, H, d)
+    keys = scan(key_decay, (gamma * k)[:, :, None] * cos, flat(memory.keys[:, which]))  # (T, B, r, H, e * d)
+    values = scan(value_decay, (beta * v)[:, :, None] * cos, memory.values[:, which])  # (T, B, r, H, d)
     norm = scan((1 - gamma) * keep, gamma * k, flat(memory.norm))  # (T, B, H, e * d)
     out = (values * (keys * q[:, :, None]).sum(-1, keepdims=True)).sum(2)
     out = out / (2 * r * (norm * q).sum(-1, keepdims=True) + 1e-5)
     unflat = lambda x: x.reshape(*x.shape[:-1], -1, d)
-    first = [int(np.flatnonzero(which == f)[0]) for f in range(len(count))]
-    return LayerMemory(unflat(keys[-1])[:, first], values[-1][:, first], unflat(norm[-1])), out
+    F = (r + 1) // 2
+    return LayerMemory(unflat(keys[-1])[:, :F], values[-1][:, :F], unflat(norm[-1])), out
 
 
-def random_inputs(T: int, B: int, eta: int, r: int = 2, H: int = 4, d: int = 64):
+def random_inputs(T: int, B: int, eta: int, H: int = 4, d: int = 64):
+    """-> memory, reset, cos, weight; k, q, v, beta, gamma, p1, p2, p3"""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    table, count = cosine_frequencies(r)
-    F = len(count)
+    frequencies = np.linspace(-np.pi, np.pi, R)[: (R + 1) // 2]
+    F, weight = len(frequencies), jnp.asarray(np.bincount(state_of_frequency(R)), jnp.float32)
     memory = LayerMemory(normal(B, F, H, eta, d), normal(B, F, H, d), jnp.abs(normal(B, H, eta, d)))
-    keep = jnp.asarray(rng.random((T, B)) > 0.02, jnp.float32)
-    cosines = jnp.broadcast_to(jnp.asarray(table)[jnp.arange(T) % len(table), None], (T, B, F))
+    reset = jnp.asarray(rng.random((T, B)) < 0.02)
+    cos = jnp.broadcast_to(jnp.cos(jnp.asarray(frequencies, jnp.float32) * jnp.arange(T)[:, None, None]), (T, B, F))
     k, q = (jax.nn.relu(normal(T, B, H, d)) for _ in range(2))
     p1, p2 = (jax.nn.relu(normal(T, B, H, eta)) for _ in range(2))
     beta, gamma, p3 = (jax.nn.sigmoid(normal(T, B, H, n)) for n in (d, d, eta))
-    return memory, keep, cosines, count, k, q, normal(T, B, H, d), beta, gamma, p1, p2, p3
+    return (memory, reset, cos, weight), (k, q, normal(T, B, H, d), beta, gamma, p1, p2, p3)
 
 
 def compile_pair(form, inputs):
-    """-> outputs, and outputs with the gradient of every floating-point input, compiled."""
-    (memory, keep, cosines, count), tensors = inputs[:4], inputs[4:]
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=inputs[4].shape), jnp.float32)
-    forward = lambda memory, tensors: form(memory, keep, cosines, count, *tensors)[1]
+    """-> outputs, and outputs with the gradient of the memory and of k, q and so on, compiled."""
+    (memory, *rest), tensors = inputs
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=tensors[0].shape), jnp.float32)
+    forward = lambda memory, tensors: form(memory, *rest, *tensors)[1]
     both = jax.value_and_grad(lambda memory, tensors: (forward(memory, tensors) * weights).sum(), argnums=(0, 1))
     return [jax.jit(function).lower(memory, tensors).compile() for function in (forward, both)]
 
@@ -88,12 +95,12 @@ def largest_difference(ours, theirs) -> float:
 
 
 def main():
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; one layer, H 4, d 64, r 2, float32")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; one layer, H 4, d 64, r {R}, float32")
     print(f"{'':14}|      forward, ms      | forward+backward, ms  |   peak memory, MiB    | largest")
     print("   T   B  eta  " + "|  ours  theirs  ratio  " * 3 + "| difference")
     for T, B, eta in ((1, 16, 4), (256, 1, 4), (256, 4, 4), (256, 8, 4), (256, 16, 4), (64, 8, 4), (256, 8, 8)):
         inputs = random_inputs(T, B, eta)
-        arguments = (inputs[0], inputs[4:])
+        arguments = inputs[0][0], inputs[1]
         ours, theirs = compile_pair(gated_linear_attention, inputs), compile_pair(authors_form, inputs)
         difference = max(largest_difference(a(*arguments), b(*arguments)) for a, b in zip(ours, theirs, strict=True))
         # single gradients are ill-conditioned where norm . q is close to 0: float32 itself allows no better

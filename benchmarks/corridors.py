@@ -5,14 +5,13 @@
 
 Trains under runs/ what is not there yet, goes on with what was interrupted, and then prints two tables of the share of
 episodes solved by the final parameters with sampled actions, mean over seeds and its 95% interval (Student's t): with
-the gates of each memory as published, and with gates that start with long memories (--gate-init chrono, for the LSTM
-and the GRU the biases of Tallec and Ollivier 2018). GTrXL has no such gates and stands in both with the same runs.
-It also writes docs/corridors_<size>.csv, a row a seed, and docs/corridors_<size>.png. All seeds of a setting are one
-run (--num-seeds of the scripts).
+the published gates, and with gates that start with long memories (--chrono-steps of AGaLiTe and GaLiTe). The others
+have no such gates and stand in both tables with the same runs. It also writes docs/corridors_<size>.csv, a row per
+seed, and docs/corridors_<size>.png. All seeds of a setting are one run (--num-seeds of the scripts).
 
 The agents are of the published size or all of about 45,000 parameters, so that a CPU gets through them. With
 --learning-rates each memory with each kind of gates first tries these, on a length and seeds of their own, and keeps
-the one with the highest success over the whole of the training. All other settings are the scripts' defaults.
+the one with the highest success over the whole training. All other settings are the scripts' defaults.
 """
 
 import csv
@@ -45,7 +44,10 @@ ROOT = Path(__file__).resolve().parents[1]
 Model = Literal["agalite", "galite", "gtrxl", "lstm", "gru"]
 Gates = Literal["published", "chrono"]
 Size = Literal["published", "small"]
-TITLES = {"published": "as published", "chrono": "gates with long memories at first"}
+TITLES = {"published": "published gates", "chrono": "gates that start with long memories"}
+CHRONO_STEPS = {"published": 1, "chrono": 300}
+GATED = ("agalite", "galite")  # have such gates
+FREE = "resume evaluate checkpoint_interval eval_episodes capture_video track distributed".split()  # same computation
 TRIED = {"length": 80, "seed": 100, "num_seeds": 2}  # where learning rates are tried
 HEADS = ["--d-actor=32", "--d-critic=32"]
 LAYERS = [*HEADS, "--num-layers=2", "--d-model=32", "--d-head=16", "--num-heads=2"]
@@ -97,14 +99,14 @@ class Run:
     def flags(self) -> list[str]:
         flags = [f"--corridor-len={self.length}", f"--total-timesteps={self.total_timesteps}"]
         flags += [f"--seed={self.seed}", f"--num-seeds={self.num_seeds}"]
-        flags += [f"--gate-init={self.gates}"] if self.model != "gtrxl" else []
+        flags += [f"--chrono-steps={CHRONO_STEPS[self.gates]}"] if self.model in GATED else []
         flags += [f"--learning-rate={self.learning_rate}"] if self.learning_rate is not None else []
         return flags + (SMALL[self.model] if self.size == "small" else [])
 
     def folder(self) -> Path | None:
         """Where this very run is, finished or not; None if nothing of it was saved."""
         script = importlib.import_module(self.script)
-        binding = lambda args: {name: value for name, value in args.items() if name not in script.FREE_FLAGS}
+        binding = lambda args: {name: value for name, value in args.items() if name not in FREE}
         wanted = binding(dataclasses.asdict(script.parse_args(self.flags)))
         for path in sorted(Path("runs").glob(f"tmaze__{self.script}__{self.seed}__*/args.json")):
             saved = any((path.parent / "checkpoints").glob("[0-9]*"))
@@ -217,7 +219,7 @@ def main(args: Args) -> None:
 def compare(args: Args) -> None:
     """Trains what is missing, and prints, writes and draws what came of it."""
     run_of = functools.partial(Run, total_timesteps=args.total_timesteps, size=args.size)
-    kinds = [(model, gates) for model in args.models for gates in (args.gates if model != "gtrxl" else ("published",))]
+    kinds = [(model, gates) for model in args.models for gates in (args.gates if model in GATED else ("published",))]
     rates = args.learning_rates or (None,)
     trials = [[run_of(*kind, **TRIED, learning_rate=rate) for rate in rates] for kind in kinds]
     if len(rates) > 1:
@@ -242,7 +244,7 @@ def compare(args: Args) -> None:
             cells = []
             for length in args.lengths:
                 own = [row["success"] for row in rows if (row["model"], row["length"]) == (model, length)
-                       and row["gates"] == (gates if model != "gtrxl" else "published")]  # fmt: skip
+                       and row["gates"] == (gates if model in GATED else "published")]  # fmt: skip
                 cells.append(interval(own))
             mean, half = np.array(cells).T
             print(f"| {model} | " + " | ".join(f"{m:.2f} ± {h:.2f}" for m, h in cells) + " |")

@@ -35,9 +35,8 @@ ROUNDS = 5
 def training(script, args, agent_class):
     """-> update(runner), and a runner."""
     env = script.make_env(args, args.num_envs)
-    parts = args, env, agent_class(args, env.action_space(env.default_params).n), script.make_optimizer(args)
-    runner = functools.partial(script.init, *parts)
-    return (lambda runner: script.update(*parts, runner)[0]), runner
+    agent = agent_class(args, env.action_space(env.default_params).n)
+    return (lambda runner: script.update(args, env, runner)[0]), functools.partial(script.init, args, env, agent)
 
 
 def environment(args, env):
@@ -54,6 +53,16 @@ def environment(args, env):
         return jax.lax.scan(step, carry, length=args.num_steps)[0]
 
     return rollout, lambda key: (key, *env.reset(key, params))
+
+
+class Attention(nn.Module):
+    """AGaLiTe's, with the weight of its frequencies filled in."""
+
+    args: agalite.Args
+
+    @nn.compact
+    def __call__(self, u, reset, cos, memory):
+        return agalite.AGaLiTeAttention(self.args)(u, reset, cos, jnp.full(cos.shape[-1], 2.0), memory)
 
 
 def part(args, module, times: int, over_time, *fixed):
@@ -88,13 +97,10 @@ def parts(args):
     env = agalite.make_env(args, args.num_envs)
     obs = rng.integers(0, 2, (T, B, *env.observation_space(env.default_params).shape), np.uint8)
     u = rng.normal(size=(T, B, args.d_model)).astype(np.float32)
-    keep, F = np.ones((T, B), np.float32), len(agalite.cosine_frequencies(args.r)[1])
-    cosines = np.ones((T, B, F), np.float32)
-    memory = agalite.AGaLiTe(args, parent=None).initial_memory(B).layers[0]
+    reset, cos = np.zeros((T, B), bool), np.ones((T, B, (args.r + 1) // 2), np.float32)
+    memory = agalite.ActorCritic(args, 1).initial_memory(B).layers[0]
     return {
-        "of AGaLiTe's, the attention alone": part(
-            args, agalite.AGaLiTeAttention(args), args.num_layers, [u, keep, cosines], memory
-        ),
+        "of AGaLiTe's, the attention alone": part(args, Attention(args), args.num_layers, [u, reset, cos], memory),
         "of AGaLiTe's, the encoder alone": part(args, nn.remat(agalite.SymbolEncoder)(args.d_encoder), 1, [obs]),
     }
 

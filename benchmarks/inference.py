@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-LENGTHS, BATCHES, T, OBS = (32, 64, 128, 256, 512), (1, 16), 256, 16
+LENGTHS, BATCHES, T, OBS = (32, 64, 128, 256, 512), (1, 16), 256, 21
 LOOP = 16  # acting steps that are timed together
 NAMES = {"agalite": "AGaLiTe", "galite": "GaLiTe", "lstm": "LSTM", "gru": "GRU", "gtrxl": "GTrXL"}
 
@@ -43,30 +43,33 @@ def cached_step(script, args, params, obs, memory):
     """One step of GTrXL from cached keys and values (B, L, M, H, d) and which are visible (B, M); nothing resets."""
     keys, values, visible = memory
     p, H, d, M = params["params"], args.num_heads, args.d_head, args.memory_len
+    gtrxl = p["GTrXL_0"]
     dense = lambda p, x: x @ p["kernel"] + p["bias"]
     norm = lambda p, x: script.nn.LayerNorm().apply({"params": p}, x)
     gate = lambda p, x, y: script.GRUGate().apply({"params": p}, x, y)
     episode = jnp.concatenate([jnp.where(visible.T, 0, -1), jnp.zeros((1, len(visible)), int)])  # (M + 1, B)
-    x = jax.nn.relu(dense(p["memory"]["embedding"], obs))  # (1, B, D)
+    biases = gtrxl["content_bias"], gtrxl["position_bias"]
+    noise, steps_left, obs = jnp.split(obs, [4, 5], axis=-1)
+    x = jax.nn.relu(dense(gtrxl["embedding"], obs))  # (1, B, D)
     new_keys, new_values = [], []
     for i in range(args.num_layers):
-        layer = p["memory"][f"GTrXLLayer_{i}"]
-        a = layer["attention"]
-        k, v = jnp.split(dense(a["key_value"], norm(a["LayerNorm_0"], x)).reshape(1, -1, 2 * H, d), 2, axis=2)
+        a = gtrxl[f"GTrXLAttention_{i}"]
+        k, v = jnp.split(dense(a["kv"], norm(a["LayerNorm_0"], x)).reshape(1, -1, 2 * H, d), 2, axis=2)
         k, v = (jnp.concatenate([jnp.moveaxis(old[:, i], 1, 0), new]) for old, new in ((keys, k), (values, v)))
         new_keys.append(k[1:])
         new_values.append(v[1:])
         positions = dense(a["position"], script.sinusoids(M + 1, args.d_model)).reshape(M + 1, H, d)
-        biases = p["memory"]["content_bias"], p["memory"]["position_bias"]
-        q = dense(a["query"], x).reshape(1, -1, H, d)
+        q = dense(a["q"], x).reshape(1, -1, H, d)
         y = script.window_attention(q, k, v, *biases, positions, episode).reshape(1, -1, H * d)
-        x = gate(layer["GRUGate_0"], x, jax.nn.relu(dense(a["out"], y)))
-        z = jax.nn.relu(dense(layer["Dense_0"], norm(layer["LayerNorm_0"], x)))
-        x = gate(layer["GRUGate_1"], x, jax.nn.relu(dense(layer["Dense_1"], z)))
-    logits, value = (dense(p[n]["Dense_1"], jnp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic"))
+        x = gate(gtrxl[f"GRUGate_{2 * i}"], x, jax.nn.relu(dense(a["out"], y)))
+        z = jax.nn.relu(dense(gtrxl[f"Dense_{2 * i}"], norm(gtrxl[f"LayerNorm_{i}"], x)))
+        x = gate(gtrxl[f"GRUGate_{2 * i + 1}"], x, jax.nn.relu(dense(gtrxl[f"Dense_{2 * i + 1}"], z)))
+    actor, critic = jnp.tanh(dense(p["Dense_0"], x)), jnp.tanh(dense(p["Dense_1"], x))
+    logits = dense(p["Dense_2"], actor) + noise
+    value = (dense(p["Dense_3"], critic) * (1 - args.gamma**steps_left)).squeeze(-1)
     stack = lambda new: jnp.moveaxis(jnp.stack(new), 2, 0)  # (L, M, B, H, d) -> (B, L, M, H, d)
     visible = jnp.concatenate([visible[:, 1:], jnp.ones((len(visible), 1), bool)], axis=1)
-    return logits, value[..., 0], (stack(new_keys), stack(new_values), visible)
+    return logits, value, (stack(new_keys), stack(new_values), visible)
 
 
 def acting(name: str, B: int, length: int):

@@ -29,7 +29,7 @@ from envs.memorymaze import MAX_STEPS, MemoryMaze
 from envs.workers import Workers
 
 ROUNDS, SECONDS, RESETS = 5, 3.0, 3
-PIECES = 9  # more steps than a new maze takes
+BUILD_STEPS = 9  # more steps than a new maze takes
 CHOICES = [1, 1, 1, 4, 4, 2, 5, 3]
 
 
@@ -69,7 +69,7 @@ def one_core(size: str):
     for _ in range(RESETS):
         ours.reset()
         unprepared.append(timed(ours.reset))
-        during.append(max(timed(lambda: ours.step(1)) for _ in range(PIECES)))
+        during.append(max(timed(lambda: ours.step(1)) for _ in range(BUILD_STEPS)))
         prepared.append(timed(ours.reset))
     package.close()
     ours.close()
@@ -111,7 +111,7 @@ def workers(size: str, num_envs: int, num_steps: int):
         rows.append((wall, (info["cpu"] + before_reset).max()))
         since = 0 if truncated.any() else since + 1
         ends += int(truncated.sum())
-        making.append(since < PIECES)
+        making.append(since < BUILD_STEPS)
     envs.close()
     making = np.array(making)
     print(

@@ -7,6 +7,7 @@ The flags are the script's own; --env-id, --seed, --eval-episodes and the enviro
 
 import functools
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.corridors import interval
 
 
 class RandomAgent(NamedTuple):
@@ -32,27 +35,29 @@ class RandomAgent(NamedTuple):
 
 def evaluate(script, args) -> dict[str, np.ndarray]:
     """-> return, length and what else the environment tells of an episode, (E,) each."""
-    key = jax.random.key(args.seed)
     if hasattr(script, "host_evaluate"):  # environments in processes of their own
-        crews = [script.Workers([script.make_env(args)] * (args.num_envs // 2)) for _ in range(2)]
+        workers = script.Workers([script.make_env(args, index) for index in range(args.num_envs)])
+        envs = script.RecordEpisodeStatistics(workers)
         try:
-            agent = RandomAgent(crews[0].single_action_space.n)
-            chooses = jax.jit(functools.partial(script.choose, agent, False))
-            rows = script.host_evaluate(args, chooses, (), [script.Half(agent, crew) for crew in crews], key)
+            agent = RandomAgent(envs.single_action_space.n)
+            policy = functools.partial(jax.jit(functools.partial(script.act, agent)), (), False)
+            rows = script.host_evaluate(args, envs, (), policy)
             return dict(zip(("episodic_return", "episodic_length"), rows.T, strict=True))
         finally:
-            for crew in crews:
-                crew.close()
-    env = script.make_env(args, args.eval_episodes)
+            envs.close()
+    options = {"evaluation": True} if "evaluation" in inspect.signature(script.make_env).parameters else {}
+    env = script.make_env(args, args.eval_episodes, **options)
     agent = RandomAgent(env.action_space(env.default_params).n)
-    return jax.jit(functools.partial(script.evaluate, args, env, agent, greedy=False))((), key)
+    play = jax.jit(functools.partial(script.evaluate, env, agent, greedy=False))
+    return play((), jax.random.key(args.seed))
 
 
 def main(path: str, *flags: str) -> None:
     script = importlib.import_module(Path(path).stem)
     args = script.parse_args(list(flags))
-    for name, value in evaluate(script, args).items():
-        print(f"{name.removeprefix('episodic_')}: {script.interval(value)}")
+    for name, values in evaluate(script, args).items():
+        mean, half = interval(values)
+        print(f"{name.removeprefix('episodic_')}: {mean:.3g} ± {half:.2g}")
 
 
 if __name__ == "__main__":

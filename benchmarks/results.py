@@ -1,8 +1,8 @@
-"""The table of results in README and its picture, from the folders that runs have left.
+"""The table of results in docs/tmaze.md and its curves, from the folders that runs have left.
 
     python benchmarks/results.py runs/tmaze__*
 
-prints the table and draws docs/learning_curves.png: success and length of the episodes, a line a seed.
+prints the table and draws docs/tmaze_curves.png: success and length of the episodes, one line per seed.
 
 "Solved" is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the final evaluation
 with sampled actions; the minutes are those since the start of training, compilation included.
@@ -51,7 +51,7 @@ def draw(curves: dict[tuple, list[dict]], path: Path):
 
 def main(folders: list[str]):
     curves = {}
-    print("| script | corridor | gates | seed | solved at step | minutes | final success, sampled | greedy |")
+    print("| script | corridor | chrono steps | seed | solved at step | minutes | final success, sampled | greedy |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     runs = [(json.loads((Path(folder) / "args.json").read_text()), Path(folder)) for folder in folders]
     for args, folder in sorted(runs, key=lambda run: (run[0]["exp_name"], run[0]["corridor_len"], run[0]["seed"])):
@@ -59,15 +59,15 @@ def main(folders: list[str]):
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         for i in range(args["num_seeds"]):
             seed, sampled, greedy = args["seed"] + i, final["sampled"]["success"][i], final["greedy"]["success"][i]
-            gates = args.get("gate_init", "-")
-            setting = args["exp_name"], f"corridor {args['corridor_len']}", f"{gates} gates", f"seed {seed}"
+            chrono = args.get("chrono_steps", "-")
+            setting = args["exp_name"], f"corridor {args['corridor_len']}", f"chrono {chrono}", f"seed {seed}"
             curves[setting] = own = [row for row in rows if int(row["seed"]) == seed]
             solved = solved_at(own)
             solved = solved if sampled >= 0.95 else None
             step, minutes = (f"{solved[0]:,}", f"{solved[1]:.1f}") if solved else ("not", "-")
-            print(f"| {args['exp_name']} | {args['corridor_len']} | {gates} | {seed} ", end="")
+            print(f"| {args['exp_name']} | {args['corridor_len']} | {chrono} | {seed} ", end="")
             print(f"| {step} | {minutes} | {sampled:.3f} | {greedy:.3f} |")
-    draw(curves, Path(__file__).resolve().parents[1] / "docs" / "learning_curves.png")
+    draw(curves, Path(__file__).resolve().parents[1] / "docs" / "tmaze_curves.png")
 
 
 if __name__ == "__main__":

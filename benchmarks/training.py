@@ -3,7 +3,7 @@
     python benchmarks/training.py
 
 One update of the authors' amount of work (8 environments, 256 steps, one epoch, one minibatch), whole: acting,
-learning, optimiser. The bound is the number of floating-point operations in matrix products alone, 14.2 MFLOP a step,
+learning, optimizer. The bound is the number of floating-point operations in matrix products alone, 14.2 MFLOP a step,
 over the rate this machine reaches in a large matrix product, measured in the same run. The two forms update in turn.
 """
 
@@ -45,17 +45,17 @@ def matrix_rate() -> float:
 def main():
     args = script.Args(num_envs=8, num_steps=256, update_epochs=1, num_minibatches=1)
     env = script.make_env(args, args.num_envs)
-    agent, optimizer = script.ActorCritic(args, 4), script.make_optimizer(args)
-    runner = jax.jit(functools.partial(script.init, args, env, agent, optimizer))(jax.random.key(1))
+    init = functools.partial(script.init, args, env, script.ActorCritic(args, 4))
+    runner = jax.jit(init)(jax.random.key(1))
     parts = {
-        "update": functools.partial(script.update, args, env, agent, optimizer),
-        "rollout": lambda runner: script.rollout(args, env, agent, runner, jax.random.key(2)),
+        "update": functools.partial(script.update, args, env),
+        "rollout": lambda runner: script.rollout(args, env, runner, jax.random.key(2)),
     }
     compiled, ours = {}, script.gated_linear_attention
     for form, function in (("ours", ours), ("theirs", attention.authors_form)):
         script.gated_linear_attention = function
         for part, run in parts.items():
-            # a new function each time, lest jit finds the other form in its cache
+            # A new function each time: otherwise jit would find the other form in its cache.
             compiled[form, part] = jax.jit(lambda runner, run=run: run(runner)).lower(runner).compile()
             jax.block_until_ready(compiled[form, part](runner))
     script.gated_linear_attention = ours
@@ -70,7 +70,7 @@ def main():
             seconds[key].append(time.perf_counter() - start)
     seconds = {key: float(np.median(values)) for key, values in seconds.items()}
 
-    size = sum(x.size for x in jax.tree.leaves(runner.learner.params))
+    size = sum(x.size for x in jax.tree.leaves(runner.train_state.params))
     rate = matrix_rate()
     bound = rate / (4 * 2 * size)  # acting once, learning forward once and backward twice; 2 FLOP a parameter each
     print(

@@ -199,9 +199,9 @@ class CraftaxStatistics(EpisodeStatistics):
 
     @property
     def outcomes(self) -> dict[str, str]:
-        """metric: the entry of info, averaged over episodes that ended"""
-        entries = [f"achievements/{name}" for name in self.achievements]
-        return {"charts/score": "score"} | dict(zip(entries, entries, strict=True))
+        """From a metric's name to its entry in info, to be averaged over the episodes that ended."""
+        charts = {f"charts/{name}": name for name in ("episodic_return", "episodic_length", "score")}
+        return charts | {f"achievements/{name}": f"achievements/{name}" for name in self.achievements}
 
     def step(self, key, state, action, params):
         obs, state, reward, done, info = super().step(key, state, action, params)

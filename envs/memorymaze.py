@@ -1,19 +1,22 @@
-"""Memory Maze (Pasukonis et al. 2022): find the object whose colour frames the picture, again and again, in one maze.
+"""Memory Maze (Pasukonis et al. 2022): find the object whose colour frames the image, again and again, in one maze.
 
-The package `memory-maze` makes the rules, the mazes and the physics, on dm_control and MuJoCo. What the agent sees and
-is paid here is the package's to the last pixel (tests/compare_memorymaze.py plays whole episodes of both). It comes
-sooner, because
+The package `memory-maze` contains the rules, the mazes and the physics, on dm_control and MuJoCo. Observations and
+rewards are the same here, to the last pixel (tests/compare_memorymaze.py plays whole episodes of both). This module is
+faster, because
 
-- the package asks in a Python loop over all contacts, at each of the 50 physics substeps of a step, whether a target
-  is touched. Here MuJoCo's array of contacts is asked;
-- the package draws everything in the maze. Here what lies wholly outside of the camera's view is left out;
-- the package keeps 84 textures, many of them equal, and reads and uploads all of them for each new maze. Here each is
-  read once, and a new maze borrows them;
-- nobody waits for a new maze: it is made in small pieces, one in each of the first steps of the episode before it.
+- at each of the 50 physics substeps per step, the package asks in a Python loop over all contacts whether a target is
+  touched. Here MuJoCo's array of contacts is compared at once;
+- the package draws everything in the maze. Here the walls and floor outside of the camera's view are left out;
+- the package has 84 textures, many of them equal, and loads all of them for each new maze. Here each is loaded once,
+  and all mazes share them;
+- no step has to wait for a new maze: it is built in small parts, one in each of the first steps of the episode before.
+
+The package has no options for any of this. So this module runs the package's own code and replaces its few slow parts
+with unittest.mock; otherwise it would have to copy hundreds of lines of the package.
 
 Importing this module registers MemoryMaze-9x9-v0, -11x11-, -13x13- and -15x15- with Gymnasium. It needs neither the
-package nor OpenGL: these are loaded as the first environment is made. The package's own import would need `gym`, which
-is abandoned, so only its parts that do without are imported.
+package nor OpenGL: these are loaded when the first environment is made. The package's __init__ needs `gym`, which is
+abandoned, so only the parts that do without it are imported.
 """
 
 import importlib.util
@@ -25,6 +28,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 from xml.etree import ElementTree
@@ -32,23 +36,24 @@ from xml.etree import ElementTree
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from PIL import Image, ImageDraw
 
 MAX_STEPS = {"9x9": 1000, "11x11": 2000, "13x13": 3000, "15x15": 4000}  # 4 a second
 ACTIONS = ("noop", "forward", "left", "right", "forward+left", "forward+right")
 CONTROLS = ((0.0, 0.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, -1.0), (-1.0, 1.0))  # roll, steer
 SUBSTEPS = 50  # of physics in a step
-VIEW, PICTURE = 64, 384  # sides of what the agent sees and of each half of what people are shown, in pixels
+VIEW, LARGE_VIEW = 64, 384  # width of an observation, and of each half of a rendered image, in pixels
 
 
-class CannotRun(RuntimeError):
-    """Memory Maze needs something that is not installed; the message says what, and how to get it."""
+class MissingDependency(RuntimeError):
+    """Memory Maze needs something that is not installed; the message names it and says how to get it."""
 
 
 def choose_renderer() -> str:
-    """-> a value of MUJOCO_GL that works here. Raises CannotRun if none does.
+    """-> a value of MUJOCO_GL that works here. Raises MissingDependency if none does.
 
-    A renderer that cannot start may take the process with it, and one that was imported cannot be exchanged. So each
-    is tried in a process of its own, and the choice is left in the environment for the processes that this one starts.
+    A renderer that cannot start may crash the process, and after the import of one it is too late for another. So each
+    is tried in a separate process. The choice is stored in an environment variable for the processes started later.
     """
     wanted = os.environ.get("MUJOCO_GL")
     if wanted and os.environ.get("MEMORY_MAZE_GL_WORKS") == wanted:
@@ -62,33 +67,33 @@ def choose_renderer() -> str:
             os.environ["MUJOCO_GL"] = os.environ["MEMORY_MAZE_GL_WORKS"] = name
             return name
     tried = f"MUJOCO_GL={wanted} does not start" if wanted else "Neither EGL nor OSMesa starts"
-    raise CannotRun(
-        f"{tried}, and Memory Maze draws its pictures with OpenGL: on Debian or Ubuntu install libegl1 and libgl1, or "
+    raise MissingDependency(
+        f"{tried}, and Memory Maze draws its images with OpenGL: on Debian or Ubuntu install libegl1 and libgl1, or "
         "libosmesa6 (no GPU or screen is needed)."
     )
 
 
 def check_requirements():
-    """Raises CannotRun if a package or a renderer is missing."""
+    """Raises MissingDependency if a package or a renderer is missing."""
     for name in ("dm_control", "mujoco", "labmaze", "memory_maze"):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise CannotRun(
+            raise MissingDependency(
                 f"Memory Maze needs the package {name}: pip install -r requirements.txt, with Python 3.11 or 3.12 (the "
-                "package labmaze, which draws the mazes, comes for no later one)."
+                "package labmaze, which draws the mazes, does not support later ones)."
             )
     choose_renderer()
 
 
 @cache
 def load() -> types.SimpleNamespace:
-    """-> the modules that play the game. Raises CannotRun."""
+    """-> the modules of the game. Raises MissingDependency."""
     check_requirements()
-    # Mesa would start a thread for each core in each process; for pictures this small more than one gains nothing.
+    # Mesa would start a thread for each core in each process; for images this small, more than one gains nothing.
     os.environ.setdefault("LP_NUM_THREADS", "0")
-    # dm_control would draw with OSMesa in a thread of its own, and fail at exit if an environment was not closed.
+    # dm_control would draw with OSMesa in another thread, and fail at exit if an environment was not closed.
     os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "1")
     if "memory_maze" not in sys.modules:
-        # A module of that name and place, whose __init__, which imports gym, is not run.
+        # A module of that name and place. The package's __init__, which imports gym, does not run.
         package = types.ModuleType("memory_maze")
         package.__path__ = list(importlib.util.find_spec("memory_maze").submodule_search_locations)
         sys.modules["memory_maze"] = package
@@ -112,27 +117,28 @@ def load() -> types.SimpleNamespace:
 
 @dataclass
 class Episode:
-    """A maze ready to be played, as the package leaves it after reset."""
+    """A maze at the start of an episode, as the package leaves it after reset."""
 
     model: Any  # mujoco.MjModel
     data: Any  # mujoco.MjData
-    random: np.random.RandomState  # draws the next target, as the package's does
-    target: int  # the one to be found, an index into the next four
+    random: np.random.RandomState  # draws the next target, as in the package
+    target: int  # the object to find, an index into the following four lists
     touched: list[bool]
     geoms: list[int]  # of the targets, in the model
     materials: list[int]
     colors: list[np.ndarray]  # (3,), 0 to 1
 
 
-class Sketch:
-    """Takes the place of dm_control's tree while the package's code adds walls and floor: a tenth of the time.
+class XmlBuilder:
+    """Replaces dm_control's XML tree while the package's code adds walls and floor. It takes a tenth of the time.
 
-    The tree would check, name and store each of some 300 elements, to become one string of XML. This writes the string.
+    The tree would check, name and store each of about 300 elements, and then turn them into one XML string. This class
+    writes the string at once.
     """
 
     def __init__(self, texture_names: dict[str, str]):
         self.texture_names = texture_names
-        self.geom = {}  # what a tree holds so far; the package clears it before it adds
+        self.geom = {}  # the elements of a tree; the package clears it before it adds
         self.lines = []
 
     def add(self, tag: str, **attributes) -> str:
@@ -147,11 +153,11 @@ class Sketch:
         return " ".join(repr(float(x)) for x in value)
 
 
-class Maker:
-    """Makes mazes of one size with the package's code, all but the text of their walls and the compiling of textures.
+class MazeFactory:
+    """Builds mazes of one size with the package's code, except for the XML of walls and floor, and the textures.
 
-    The package's environment would be compiled with its 84 textures; here its parts are taken and the environment never
-    made. For another seed the package would make all parts anew; here what depends on the seed is exchanged.
+    The package's environment would compile a model with its 84 textures; here its parts are taken without making the
+    environment. For another seed the package would build everything again; here only what depends on the seed is.
     """
 
     def __init__(self, size: str):
@@ -163,7 +169,7 @@ class Maker:
         self.hooks = self.modules.Hooks(self.task)
         self.arena.regenerate = self._regenerate
 
-        # With no walls yet: the ball, the targets, the textures; of equal textures the first.
+        # Without walls: the ball, the targets, the textures. Of several equal textures only the first stays.
         tree = self.task.root_entity.mjcf_model
         root, self.files = ElementTree.fromstring(tree.to_xml_string()), tree.get_assets()
         assets, first, self.texture_names = root.find("asset"), {}, {}
@@ -174,12 +180,12 @@ class Maker:
                 assets.remove(texture)
         self.textured = ElementTree.tostring(root, "unicode")
 
-        # What an episode's model is written into. Its textures are one pixel each: Screen has those that are seen.
+        # The template of an episode's model. Its textures are one pixel each: the Renderer has the real ones.
         for texture in assets.findall("texture"):
             kind = {name: texture.get(name) for name in ("name", "class", "type")}
             texture.attrib.clear()
             texture.attrib.update(kind, builtin="flat", width="1", height="1")
-        # Each element goes where dm_control would put it, so that it gets the number that it has in the package.
+        # Each element goes where dm_control would put it, so that it gets the same number as in the package.
         world = root.find("worldbody")
         assets.insert(1, ElementTree.Comment("materials"))
         world.insert(list(world).index(world.find("geom[@name='ground']")) + 1, ElementTree.Comment("geoms"))
@@ -190,11 +196,11 @@ class Maker:
         self.template = ElementTree.tostring(root, "unicode")
 
     def textured_model(self):
-        """-> a mujoco.MjModel with all textures as they are to be seen, and no walls."""
+        """-> a mujoco.MjModel with the real textures, and without walls."""
         return self.modules.mujoco.MjModel.from_xml_string(self.textured, self.files)
 
-    def make(self, seed: int) -> Iterator[Episode | None]:
-        """Yields None after each piece of the work and then the Episode, the package's first with that seed."""
+    def build(self, seed: int) -> Iterator[Episode | None]:
+        """Yields None after each build step, and finally the Episode: the package's first one with that seed."""
         mjcf, task, arena = self.modules.mjcf, self.task, self.arena
         random = np.random.RandomState(seed)
         arena._maze = self._text_maze(random.randint(2147483648))
@@ -231,7 +237,7 @@ class Maker:
         return type(maze)(objects_per_room=maze.objects_per_room, simplify=True, random_seed=seed, **options)
 
     def _regenerate(self, random):
-        self.materials, self.geoms, self.walls = (Sketch(self.texture_names) for _ in range(3))
+        self.materials, self.geoms, self.walls = (XmlBuilder(self.texture_names) for _ in range(3))
         root = types.SimpleNamespace(asset=self.materials, worldbody=self.geoms)
         self.arena._texturing_geom_names, self.arena._texturing_material_names = [], []
         with mock.patch.multiple(self.arena, _mjcf_root=root, _maze_body=self.walls):
@@ -242,31 +248,31 @@ class Maker:
 
     def _xml(self) -> str:
         xml = self.template
-        for name, sketch in (("materials", self.materials), ("geoms", self.geoms), ("walls", self.walls)):
-            xml = xml.replace(f"<!--{name}-->", "".join(sketch.lines))
+        for name, builder in (("materials", self.materials), ("geoms", self.geoms), ("walls", self.walls)):
+            xml = xml.replace(f"<!--{name}-->", "".join(builder.lines))
         for frame in map(self._frame, self.task._targets):
             xml = xml.replace(f"position of {frame.full_identifier}", " ".join(repr(float(x)) for x in frame.pos))
         return xml
 
 
-class Screen:
-    """Draws what cameras see, with OpenGL, in the thread that made it.
+class Renderer:
+    """Draws the view of a camera, with OpenGL, in the thread that made it.
 
-    side: of the largest picture, in pixels. The package's is 640 by 480, its pixels are the same.
+    side: width of the largest image, in pixels. The package's is 640 by 480; the pixels are the same.
     """
 
-    def __init__(self, maker: Maker, side: int):
-        self.mujoco, self.side = maker.modules.mujoco, side
-        self.gl = maker.modules.Renderer(side, side)
-        model = maker.textured_model()
+    def __init__(self, factory: MazeFactory, side: int):
+        self.mujoco, self.side = factory.modules.mujoco, side
+        self.gl = factory.modules.Renderer(side, side)
+        model = factory.textured_model()
         self.textures = self._on_gl(self._context, model)
         self.names = self._texture_names(model)
-        self.options, self.nothing = self.mujoco.MjvOption(), self.mujoco.MjvPerturb()
+        self.options, self.perturbation = self.mujoco.MjvOption(), self.mujoco.MjvPerturb()
         self.context = None
 
-    def show(self, episode: Episode):
-        """From now on its maze is the one that is drawn."""
-        self.hide()
+    def load(self, episode: Episode):
+        """From now on `draw` draws the maze of this episode."""
+        self.unload()
         self.model, self.data = model, data = episode.model, episode.data
         assert self._texture_names(model) == self.names
         self.context = self._on_gl(self._context, model)
@@ -275,14 +281,14 @@ class Screen:
         self.scene = self.mujoco.MjvScene(model, model.ngeom + 100)
         self.groups = model.geom_group.copy()
 
-        # (walls and floor, 4, 3), where their corners are: they are flat and never move.
+        # (walls and floor, 4, 3), the positions of their corners: they are flat and never move.
         [flat] = np.nonzero((model.geom_type == self.mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0))
         axes = data.geom_xmat[flat].reshape(-1, 3, 3)[..., :2]
         sides = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * model.geom_size[flat, None, :2]
         self.flat, self.corners = flat, data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes, sides)
 
     def draw(self, camera: str, side: int, everything: bool = True) -> np.ndarray:
-        """-> (side, side, 3) uint8. Without everything: the walls and floor that are out of view left out."""
+        """-> (side, side, 3) uint8. Unless `everything`, it leaves out the walls and floor that are out of view."""
         mujoco, model, data = self.mujoco, self.model, self.data
         view = mujoco.MjvCamera()
         view.fixedcamid = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
@@ -291,7 +297,7 @@ class Screen:
         if not everything:
             model.geom_group[self.flat[self._out_of_view(view.fixedcamid)]] = 5  # a group that is not drawn
         mujoco.mjv_updateScene(
-            model, data, self.options, self.nothing, view, mujoco.mjtCatBit.mjCAT_ALL.value, self.scene
+            model, data, self.options, self.perturbation, view, mujoco.mjtCatBit.mjCAT_ALL.value, self.scene
         )
         image, frame = np.empty((side, side, 3), np.uint8), mujoco.MjrRect(0, 0, side, side)
         self._on_gl(mujoco.mjr_render, frame, self.scene, self.context)
@@ -299,10 +305,10 @@ class Screen:
         return image[::-1]
 
     def _out_of_view(self, camera: int) -> np.ndarray:
-        """-> (walls and floor,) bool: all four corners are beyond one and the same border of the square picture.
+        """-> (walls and floor,) bool: all four corners are beyond the same border of the square image.
 
-        A camera looks along its -z, with x to the right and y up. What is in view but hidden must be drawn: backs of
-        walls show through where two fronts meet, in a pixel of some pictures.
+        A camera looks along its -z, with x to the right and y up. Hidden walls in view must be drawn: in some images,
+        a pixel of a back shows where two fronts meet.
         """
         corners = self.corners - self.data.cam_xpos[camera]
         x, y, z = np.moveaxis(corners @ self.data.cam_xmat[camera].reshape(3, 3), -1, 0)
@@ -315,7 +321,7 @@ class Screen:
 
     def _context(self, model):
         model.vis.global_.offwidth = model.vis.global_.offheight = self.side
-        model.vis.quality.shadowsize = 0  # there is no lamp that could cast one, but the package keeps 64 MB for it
+        model.vis.quality.shadowsize = 0  # no light casts one, but it would take 64 MB, as in the package
         context = self.mujoco.MjrContext(model, self.mujoco.mjtFontScale.mjFONTSCALE_50)
         self.mujoco.mjr_setBuffer(self.mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
         return context
@@ -323,41 +329,41 @@ class Screen:
     def _texture_names(self, model) -> list[str]:
         return [model.tex(i).name for i in range(model.ntex)]
 
-    def hide(self):
+    def unload(self):
         if self.context:
-            self.context.texture[:] = self.own_textures  # the borrowed ones are kept for the next
+            self.context.texture[:] = self.own_textures  # the shared ones stay for the next episode
             self._on_gl(self.context.free)
             self.context = None
 
     def close(self):
-        self.hide()
+        self.unload()
         self._on_gl(self.textures.free)
         self.gl.free()
 
 
 def episode_seed(seed: int, number: int) -> int:
-    """-> the package's seed of the episode of that number (0, 1, ...) after reset(seed=seed)"""
+    """-> the package's seed for episode `number` (0, 1, ...) after reset(seed=seed)"""
     return seed if number == 0 else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 class MemoryMaze(gymnasium.Env):
     """Memory Maze of one size, as a Gymnasium environment.
 
-    Observation: (64, 64, 3) uint8, framed by the colour of the object to be found. Actions: as ACTIONS says. Reward: 1
-    for touching that object, whereupon another one is drawn; else 0. Episodes end by their time limit alone, after
+    Observation: (64, 64, 3) uint8, framed by the colour of the object to find. Actions: see ACTIONS. Reward: 1 for
+    touching that object, which also draws another one; else 0. Episodes end only by their time limit, after
     MAX_STEPS[size] steps: they are truncated, never terminated.
 
-    reset(seed=s) decides everything: the episode that follows is the first that the package plays with seed=s, and the
-    k-th after it (k = 1, 2, ...) the first that it plays with the seed that SeedSequence([s, k]) generates. An episode
-    does not depend on what was done in those before. Without any seed, s is drawn from the system's entropy.
+    reset(seed=s) decides everything: the following episode is the package's first one with seed=s, and the k-th one
+    after it (k = 1, 2, ...) is the package's first one with the seed that SeedSequence([s, k]) generates. An episode
+    does not depend on the actions of earlier ones. Without any seed, s is drawn from the system's entropy.
 
-    render() shows people what the agent sees, larger, and beside it the maze from above. It changes nothing.
+    render() gives a larger image of the agent's view, and beside it the maze from above. It changes nothing.
 
-    size: a key of MAX_STEPS. first_episode_steps: the very first episode ends after so many steps, with "staggered":
-    True in the info of the last, so that the environments of a vector, which are all of the same length, do not reset
-    all at once.
+    size: a key of MAX_STEPS. first_episode_steps: length of the very first episode, which then ends with "staggered":
+    True in its last info. It serves vectors of environments: all episodes are equally long, so without it all
+    environments would reset in the same step.
 
-    Raises ValueError for an argument that cannot be, CannotRun if something is not installed.
+    Raises ValueError for impossible arguments, MissingDependency if something is not installed.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -373,43 +379,43 @@ class MemoryMaze(gymnasium.Env):
         self.size, self.render_mode, self.first_episode_steps = size, render_mode, first_episode_steps
         self.observation_space = spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
         self.action_space = spaces.Discrete(len(ACTIONS))
-        self.maker = self.screen = self.pieces = None
+        self.factory = self.renderer = self.build = None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
-        self.is_first = self.maker is None
+        self.is_first = self.factory is None
         if self.is_first:
-            self.maker = Maker(self.size)
-            self.screen = Screen(self.maker, VIEW if self.render_mode is None else PICTURE)
-        if seed is not None or self.pieces is None:
+            self.factory = MazeFactory(self.size)
+            self.renderer = Renderer(self.factory, VIEW if self.render_mode is None else LARGE_VIEW)
+        if seed is not None or self.build is None:
             self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-            self._begin_making(0)
-        while self.made is None:
-            self.made = next(self.pieces)
-        self.episode = self.made
-        self.screen.show(self.episode)
-        self._begin_making(self.number + 1)
+            self._start_building(0)
+        while self.next_episode is None:
+            self.next_episode = next(self.build)
+        self.episode = self.next_episode
+        self.renderer.load(self.episode)
+        self._start_building(self.number + 1)
         self.steps = 0
         return self._observe(), {}
 
     def step(self, action: int):
         reward = self._move(int(action))
         self.steps += 1
-        if self.made is None:
-            self.made = next(self.pieces)
+        if self.next_episode is None:
+            self.next_episode = next(self.build)
         truncated = self.steps == MAX_STEPS[self.size]
         info = {}
         if self.is_first and self.steps == self.first_episode_steps and not truncated:
             truncated, info = True, {"staggered": True}
         return self._observe(), reward, False, truncated, info
 
-    def _begin_making(self, number: int):
-        """The episode of that number; the pieces of the work follow, one a step."""
-        self.number, self.made, self.pieces = number, None, self.maker.make(episode_seed(self.seed, number))
+    def _start_building(self, number: int):
+        """Starts to build episode `number`; its build steps follow, one per step of the current episode."""
+        self.number, self.next_episode, self.build = number, None, self.factory.build(episode_seed(self.seed, number))
 
     def _move(self, action: int) -> float:
-        """-> reward, after a quarter of a second: nothing but the targets reacts to a touch."""
-        episode, mujoco = self.episode, self.screen.mujoco
+        """-> reward, after a quarter of a second. Only the targets react to a touch."""
+        episode, mujoco = self.episode, self.renderer.mujoco
         model, data, contacts = episode.model, episode.data, []
         data.ctrl[:] = CONTROLS[action]
         for _ in range(SUBSTEPS):
@@ -418,7 +424,7 @@ class MemoryMaze(gymnasium.Env):
             contacts.append(data.contact.geom.copy())  # a view, which the next substep overwrites
         if data.warning.number.any():
             raise RuntimeError("MuJoCo warns that the physics has become unstable")
-        self.contacts = contacts = np.concatenate(contacts)  # (contacts of all substeps, 2), the geoms that touch
+        self.contacts = contacts = np.concatenate(contacts)  # (contacts of all substeps, 2), pairs of geoms
         for i, geom in enumerate(episode.geoms):
             episode.touched[i] |= bool((contacts == geom).any())
 
@@ -429,21 +435,21 @@ class MemoryMaze(gymnasium.Env):
                     reward = 1.0
                     episode.target = self._draw_target()
                 episode.touched[i] = False
-                model.mat_rgba[material, 3] = 1  # one that is touched at the very beginning is invisible until now
+                model.mat_rgba[material, 3] = 1  # a target touched at the very start is invisible until now
         return reward
 
     def _draw_target(self) -> int:
-        """-> one that is not being touched"""
+        """-> a target that is not being touched"""
         while True:
             target = self.episode.random.randint(len(self.episode.touched))
             if not self.episode.touched[target]:
                 return target
 
     def _observe(self) -> np.ndarray:
-        return self._frame(self.screen.draw("walker/egocentric", VIEW, everything=False))
+        return self._frame(self.renderer.draw("walker/egocentric", VIEW, everything=False))
 
     def _frame(self, image: np.ndarray) -> np.ndarray:
-        """-> image with a border in the colour of the target, of 2 pixels in 64"""
+        """-> the image with a border in the colour of the target, of 2 pixels in 64"""
         width = 2 * len(image) // VIEW
         framed = np.empty_like(image)
         framed[:] = self.episode.colors[self.episode.target] * 255 * 0.7
@@ -452,14 +458,35 @@ class MemoryMaze(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         """-> (384, 768, 3) uint8"""
-        view = self._frame(self.screen.draw("walker/egocentric", PICTURE))
-        return np.concatenate([view, self.screen.draw("top_camera", PICTURE)], axis=1)
+        view = self._frame(self.renderer.draw("walker/egocentric", LARGE_VIEW))
+        return np.concatenate([view, self.renderer.draw("top_camera", LARGE_VIEW)], axis=1)
 
     def close(self):
-        if self.screen:
-            self.screen.close()
-            self.maker = self.screen = None
+        if self.renderer:
+            self.renderer.close()
+            self.factory = self.renderer = None
 
 
 for _size in MAX_STEPS:
     gymnasium.register(f"MemoryMaze-{_size}-v0", entry_point=MemoryMaze, kwargs={"size": _size})
+
+
+def record_video(env: gymnasium.Env, policy, memory, seed: int, path: Path) -> None:
+    """Saves one episode with sampled actions, at most 300 steps of it, as a GIF.
+
+    policy is an ActorCritic with its parameters: obs (1, 1, ...), reset (1, 1), memory -> logits (1, 1, A), value,
+    memory. Gymnasium's RecordVideo does the same, but needs moviepy.
+    """
+    (obs, _), rng = env.reset(seed=seed), np.random.default_rng(seed)
+    reset, frames, total = True, [], 0.0
+    while not (frames and reset) and len(frames) < 300:
+        logits, _, memory = policy(obs[None, None], np.array([[reset]]), memory)
+        action = int(np.argmax(np.asarray(logits[0, 0]) + rng.gumbel(size=logits.shape[-1])))
+        image = Image.fromarray(env.render())
+        text = f"step {len(frames)}   return {total:g}   {ACTIONS[action]}"
+        ImageDraw.Draw(image).text((12, 12), text, fill="white", stroke_width=2, stroke_fill="black")
+        frames.append(image.quantize(64))
+        obs, reward, terminated, truncated, _ = env.step(action)
+        reset, total = terminated or truncated, total + float(reward)
+    env.close()
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [2000], loop=0)

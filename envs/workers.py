@@ -99,7 +99,7 @@ class Workers(AsyncVectorEnv):
         dead = [(i, process) for i, process in enumerate(self.processes) if process.sentinel in ended]
         for _, process in dead:
             process.join()  # its exit code comes a moment after its pipes are closed
-        sentence = "; ".join(_obituary(i, process) for i, process in dead)
+        sentence = "; ".join(_describe_exit(i, process) for i, process in dead)
         self.failure = WorkerDied, sentence or "The pipe to a worker broke, though all of them run", None
         self._raise_failure()
 
@@ -167,7 +167,7 @@ def _close(workers: weakref.ref):
         envs.close(terminate=True)
 
 
-def _obituary(index: int, process) -> str:
+def _describe_exit(index: int, process) -> str:
     code = process.exitcode
     reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return f"Worker {index} (process {process.pid}) {reason}"

@@ -10,10 +10,14 @@ All are pure functions of their arguments, so the whole stack is jitted, vmapped
 That loop calls `refresh` once before each rollout.
 """
 
+import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from gymnasium import spaces
 
 
 class Wrapper:
@@ -42,6 +46,12 @@ class EpisodeStatisticsState(NamedTuple):
 class EpisodeStatistics(Wrapper):
     """Adds "episodic_return" and "episodic_length" to info: those of the finished episode in the step that ends it."""
 
+    @property
+    def outcomes(self) -> dict[str, str]:
+        """From a metric's name to its entry in info, to be averaged over the episodes that ended."""
+        own = {"charts/episodic_return": "episodic_return", "charts/episodic_length": "episodic_length"}
+        return own | self.env.outcomes
+
     def reset(self, key, params):
         obs, env_state = self.env.reset(key, params)
         return obs, EpisodeStatisticsState(env_state, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
@@ -54,6 +64,69 @@ class EpisodeStatistics(Wrapper):
 
     def observe(self, state, params):
         return self.env.observe(state.env_state, params)
+
+    def render(self, state, params, *args):
+        return self.env.render(state.env_state, params, *args)
+
+
+class TimeAwareObservation(Wrapper):
+    """Puts the number of steps left until the time limit in front of each observation.
+
+    It wraps EpisodeStatistics, which counts the steps. A critic that knows them can foresee the end of the episode
+    (Pardo et al., "Time Limits in Reinforcement Learning", ICML 2018). Gymnasium has a wrapper of this name for
+    environments that are not pure functions.
+    """
+
+    def observation_space(self, params):
+        inner = self.env.observation_space(params)
+        high = np.float32(params.max_episode_steps)
+        return spaces.Box(np.append(np.float32(0), inner.low), np.append(high, inner.high))
+
+    def reset(self, key, params):
+        obs, state = self.env.reset(key, params)
+        return self._with_steps_left(obs, state, params), state
+
+    def step(self, key, state, action, params):
+        obs, state, reward, done, info = self.env.step(key, state, action, params)
+        return self._with_steps_left(obs, state, params), state, reward, done, info
+
+    def _with_steps_left(self, obs, state, params):
+        return jnp.append(jnp.float32(params.max_episode_steps - state.episodic_length), obs)
+
+
+class EpisodeNoiseState(NamedTuple):
+    env_state: Any
+    noise: jax.Array  # (size,) float32
+
+
+class EpisodeNoise(Wrapper):
+    """Puts `size` normal random numbers, drawn once per episode, in front of each observation; `scale` is their spread.
+
+    A policy that adds them to its logits explores in the same direction for a whole episode (compare Plappert et al.,
+    "Parameter Space Noise for Exploration", ICLR 2018). Since they are observed, learning recomputes the same logits.
+    """
+
+    def __init__(self, env, size: int, scale: float):
+        super().__init__(env)
+        self.size, self.scale = size, scale
+
+    def observation_space(self, params):
+        inner = self.env.observation_space(params)
+        noise = np.full(self.size, np.inf, np.float32)
+        return spaces.Box(np.append(-noise, inner.low), np.append(noise, inner.high))
+
+    def reset(self, key, params):
+        noise_key, reset_key = jax.random.split(key)
+        obs, env_state = self.env.reset(reset_key, params)
+        noise = self.scale * jax.random.normal(noise_key, (self.size,))
+        return jnp.append(noise, obs), EpisodeNoiseState(env_state, noise)
+
+    def step(self, key, state, action, params):
+        obs, env_state, reward, done, info = self.env.step(key, state.env_state, action, params)
+        return jnp.append(state.noise, obs), state._replace(env_state=env_state), reward, done, info
+
+    def render(self, state, params, *args):
+        return self.env.render(state.env_state, params, *args)
 
 
 class AutoReset(Wrapper):
@@ -82,16 +155,21 @@ class VectorEnv(Wrapper):
         return jax.vmap(self.env.step, (0, 0, 0, None))(keys, state, action, params)
 
     def refresh(self, key, state, params):
-        """-> state. Called once before each rollout: the place for what is too costly for a step. Here nothing is."""
+        """-> state. Called once before each rollout, for work that is too expensive for each step. Here: nothing."""
         return state
+
+    def render(self, state, params, *args):
+        """-> an image of the first environment."""
+        return self.env.render(jax.tree.map(lambda x: x[0], state), params, *args)
 
 
 class OptimisticReset(VectorEnv):
-    """In place of VectorEnv(AutoReset(env), num_envs) where a reset is dear: fewer of them than environments.
+    """Replaces VectorEnv(AutoReset(env), num_envs) if a reset is expensive: fewer resets per step than environments.
 
-    AutoReset makes a new episode for every environment in every step, and throws nearly all away. Here each step makes
-    num_envs / reset_ratio, and the environments that finish share them out (Matthews et al. 2024): each gets one of its
-    own as long as there are enough. If more finish, some begin in the same state, and part as their steps' keys differ.
+    AutoReset makes a first state for every environment in every step and throws nearly all of them away. Here each step
+    makes num_envs / reset_ratio, and the environments that finish share them (Matthews et al. 2024). They share within
+    groups of 4 * reset_ratio neighbours, so that no first state moves to another device if groups are spread over
+    devices. If more than 4 of a group finish at once, some start in the same state, but go on with different keys.
 
     Raises ValueError if reset_ratio does not divide num_envs.
     """
@@ -101,18 +179,25 @@ class OptimisticReset(VectorEnv):
             raise ValueError(f"num_envs {num_envs}: not divisible by {reset_ratio}, the environments per fresh start")
         super().__init__(env, num_envs)
         self.num_fresh = num_envs // reset_ratio
+        self.fresh_per_group = math.gcd(self.num_fresh, 4)
+        self.num_groups = self.num_fresh // self.fresh_per_group
 
     def step(self, key, state, action, params):
         step_key, reset_key = jax.random.split(key)
         step_keys = jax.random.split(step_key, self.num_envs)
         obs, state, reward, done, info = jax.vmap(self.env.step, (0, 0, 0, None))(step_keys, state, action, params)
-        fresh = jax.vmap(self.env.reset, (0, None))(jax.random.split(reset_key, self.num_fresh), params)
+        reset_keys = jax.random.split(reset_key, (self.num_groups, self.fresh_per_group))
+        fresh = jax.vmap(jax.vmap(self.env.reset, (0, None)), (0, None))(reset_keys, params)
 
-        def begin_anew(done, i, current):
-            return jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, current)
+        def restart_finished(fresh, done, current):
+            """In one group: done (n,), current obs and state (n, ...), fresh ones (fresh_per_group, ...)."""
+            turn = (jnp.cumsum(done) - 1) % self.fresh_per_group  # (n,), counts those that finish
+            restart = lambda done, i, old: jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, old)
+            return jax.vmap(restart)(done, turn, current)
 
-        turn = (jnp.cumsum(done) - 1) % self.num_fresh  # (B,), counts those that finish
-        obs, state = jax.vmap(begin_anew)(done, turn, (obs, state))
+        grouped = lambda tree: jax.tree.map(lambda x: x.reshape(self.num_groups, -1, *x.shape[1:]), tree)
+        restarted = jax.vmap(restart_finished)(fresh, grouped(done), grouped((obs, state)))
+        obs, state = jax.tree.map(lambda x: x.reshape(self.num_envs, *x.shape[2:]), restarted)
         return obs, state, reward, done, info
 
 
@@ -163,9 +248,34 @@ class PooledReset(Wrapper):
         state = PooledResetState(env_state, state.pool, state.used + done)
         return self._observe(state, params), state, reward, done, info
 
+    def render(self, state, params, *args):
+        """-> an image of the first environment."""
+        return self.env.render(jax.tree.map(lambda x: x[0], state.env_state), params, *args)
+
     def _draw_pool(self, key, params):
         keys = jax.random.split(key, (self.num_envs, self.pool_size))
         return jax.vmap(jax.vmap(self.env.reset, (0, None)), (0, None))(keys, params)[1]
 
     def _observe(self, state, params):
         return jax.vmap(self.env.observe, (0, None))(state.env_state, params)
+
+
+def record_video(env, policy, memory, seed: int, path: Path) -> None:
+    """Saves one episode with sampled actions, at most 1000 steps of it, as a GIF. env holds one environment.
+
+    policy is an ActorCritic with its parameters: obs (1, 1, ...), reset (1, 1), memory -> logits (1, 1, A), value,
+    memory. Gymnasium's RecordVideo does the same for environments that are not pure functions.
+    """
+    policy, step = jax.jit(policy), jax.jit(env.step)
+    key, reset_key = jax.random.split(jax.random.key(seed))
+    obs, state = env.reset(reset_key, env.default_params)
+    reset, frames = jnp.ones(1, bool), []
+    while not (frames and reset[0]) and len(frames) < 1000:
+        key, action_key, env_key = jax.random.split(key, 3)
+        logits, _, memory = policy(obs[None], reset[None], memory)
+        action = jax.random.categorical(action_key, logits[0])
+        obs, next_state, reward, reset, _ = step(env_key, state, action, env.default_params)
+        frames.append(env.render(state, env.default_params, action[0], jax.nn.softmax(logits[0, 0]), reward[0]))
+        state = next_state
+    path.parent.mkdir(exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[60] * (len(frames) - 1) + [2000], loop=0)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+PAIRS = "LayerNorm", "GRUGate", "Dense"  # a layer has two of each
+
 
 def sigmoid(x, xp):
     return (1 + xp.tanh(x / 2)) / 2
@@ -24,12 +26,9 @@ def layer_norm(p, x):
 
 
 def gate(p, x, y, xp):
-    D = x.shape[-1]
-    W = {name: p["W"]["kernel"][:, i * D : (i + 1) * D] for i, name in enumerate("rzg")}
-    U = {name: p["U"]["kernel"][:, i * D : (i + 1) * D] for i, name in enumerate("rz")}
-    r = sigmoid(y @ W["r"] + x @ U["r"], xp)
-    z = sigmoid(y @ W["z"] + x @ U["z"] - p["bias"], xp)
-    h = xp.tanh(y @ W["g"] + (r * x) @ p["U_candidate"]["kernel"])
+    r = sigmoid(y @ p["Wr"] + x @ p["Ur"], xp)
+    z = sigmoid(y @ p["Wz"] + x @ p["Uz"] - p["bias"], xp)
+    h = xp.tanh(y @ p["Wg"] + (r * x) @ p["Ug"])
     return (1 - z) * x + z * h
 
 
@@ -38,10 +37,17 @@ def outer(a, b):
     return (a[..., :, None] * b[..., None, :]).reshape(*a.shape[:2], -1)
 
 
-def heads(p, x, xp):
+def split(p, obs):
+    """-> noise for the logits, steps left until the time limit, and what the memory model reads of an observation."""
+    actions = p["Dense_2"]["kernel"].shape[1]
+    return obs[..., :actions], obs[..., actions], obs[..., actions + 1 :]
+
+
+def heads(p, x, obs, discount, xp):
     """-> logits (..., actions), value (...)"""
-    logits, value = (dense(p[n]["Dense_1"], xp.tanh(dense(p[n]["Dense_0"], x))) for n in ("actor", "critic"))
-    return logits, value[..., 0]
+    actor, critic = (xp.tanh(dense(p[name], x)) for name in ("Dense_0", "Dense_1"))
+    noise, steps_left, _ = split(p, obs)
+    return dense(p["Dense_2"], actor) + noise, dense(p["Dense_3"], critic)[..., 0] * (1 - discount**steps_left)
 
 
 def unroll(step, carry, T, xp):
@@ -61,8 +67,8 @@ def attention(p, u, t, state, sizes, xp):
     H, d, e, r = sizes
     B = len(u)
     K, V, s = state
-    k, q, v, beta, gamma = ((u @ p["kernel"][i] + p["bias"][i]).reshape(B, H, d) for i in range(5))
-    p1, p2, p3 = (x.reshape(B, H, e) for x in xp.split(dense(p["expansion"], u), 3, axis=-1))
+    k, q, v, beta, gamma = ((u @ p["kernel"][:, i] + p["bias"][i]).reshape(B, H, d) for i in range(5))
+    p1, p2, p3 = (x.reshape(B, H, e) for x in xp.split(dense(p["p"], u), 3, axis=-1))
     relu = lambda x: xp.maximum(x, 0)
     key, query = outer(relu(p1), relu(k)), outer(relu(p2), relu(q))
     gamma = outer(sigmoid(p3, xp), sigmoid(gamma, xp))
@@ -78,12 +84,12 @@ def attention(p, u, t, state, sizes, xp):
     return dense(p["out"], out.reshape(B, H * d)), (xp.stack(new_K), xp.stack(new_V), s)
 
 
-def agent(params, obs, reset, t, states, sizes, num_layers, xp):
+def agent(params, obs, reset, t, states, sizes, num_layers, discount, xp):
     """A whole ActorCritic. obs (T, B, n), reset (T, B), t (B,) the time of the step before, states one a layer.
 
     -> (logits (T, B, actions), value (T, B)), (t, states) after the last step
     """
-    p = params["params"]
+    p, memory = params["params"], params["params"]["AGaLiTe_0"]
     relu = lambda x: xp.maximum(x, 0)
 
     def step(carry, i):
@@ -92,16 +98,16 @@ def agent(params, obs, reset, t, states, sizes, num_layers, xp):
         t = xp.where(fresh, 2.0, t + 1)
         keep = xp.where(fresh, 0.0, 1.0)[:, None, None]
         states = tuple((K * keep, V * keep, s * keep) for K, V, s in states)
-        x = relu(dense(p["memory"]["embedding"], obs[i]))
+        x = relu(dense(memory["embedding"], split(p, obs[i])[2]))
         new_states = []
         for n in range(num_layers):
-            layer = p["memory"][f"AGaLiTeLayer_{n}"]
-            y, state = attention(layer["attention"], layer_norm(layer["LayerNorm_0"], x), t, states[n], sizes, xp)
-            x = gate(layer["GRUGate_0"], x, relu(y), xp)
-            z = relu(dense(layer["Dense_0"], layer_norm(layer["LayerNorm_1"], x)))
-            x = gate(layer["GRUGate_1"], x, relu(dense(layer["Dense_1"], z)), xp)
+            norms, gates, maps = ([memory[f"{kind}_{2 * n + j}"] for j in (0, 1)] for kind in PAIRS)
+            y, state = attention(memory[f"AGaLiTeAttention_{n}"], layer_norm(norms[0], x), t, states[n], sizes, xp)
+            x = gate(gates[0], x, relu(y), xp)
+            z = relu(dense(maps[0], layer_norm(norms[1], x)))
+            x = gate(gates[1], x, relu(dense(maps[1], z)), xp)
             new_states.append(state)
-        return (t, tuple(new_states)), heads(p, x, xp)
+        return (t, tuple(new_states)), heads(p, x, obs[i], discount, xp)
 
     reset = xp.asarray(reset)
     return unroll(step, (t, states), len(obs), xp)

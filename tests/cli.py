@@ -2,7 +2,9 @@
 
 import atexit
 import csv
+import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -15,55 +17,79 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from common import CRAFTAX, MEMORYMAZE, data, quick_compiler_options
+from common import CRAFTAX, MEMORYMAZE, data, load, quick_compiler_options
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Flags that make a script small; --num-steps is shorter than an episode, so runs are cut in mid-episode.
-TMAZE = (
-    "--corridor-len 10 --max-episode-steps 40 --d-actor 16 --d-critic 16 --num-envs 4 --num-steps 16 "
-    "--num-minibatches 2 --update-epochs 1 --eval-episodes 20 --no-anneal-lr "  # or a run could not be made longer
-)
-LAYERS = "--num-layers 1 --d-model 16 --d-head 8 --num-heads 1 "
-PICTURES = (
-    "--d-actor 16 --d-critic 16 --num-envs 4 --num-steps 16 --num-minibatches 2 --update-epochs 1 --eval-episodes 20 "
-)
-SYMBOLS = PICTURES + "--env-id Craftax-Classic-Symbolic-v1 --optimistic-reset-ratio 2 --d-encoder 16 "
+# What makes a script small, for those that have the field; num_steps is shorter than an episode, so runs are cut in
+# mid-episode.
 SMALL_FLAGS = {
-    "ppo_agalite_tmaze": TMAZE + LAYERS + "--d-ffc 16 --eta 2 --r 1",
-    "ppo_galite_tmaze": TMAZE + LAYERS + "--d-ffc 16 --eta 2",
-    "ppo_gtrxl_tmaze": TMAZE + LAYERS + "--memory-len 6",
-    "ppo_lstm_tmaze": TMAZE + "--hidden-size 16",
-    "ppo_gru_tmaze": TMAZE + "--hidden-size 16",
-    "ppo_agalite_mysterypath": PICTURES + LAYERS + "--d-ffc 16 --eta 2 --r 1",
-    "ppo_gtrxl_mysterypath": PICTURES + LAYERS + "--memory-len 6",
-    "ppo_agalite_craftax": SYMBOLS + LAYERS + "--d-ffc 16 --eta 2 --r 1",
-    "ppo_gtrxl_craftax": SYMBOLS + LAYERS + "--memory-len 6",
-    "ppo_lstm_memorymaze": PICTURES + "--hidden-size 16",
-    "ppo_agalite_memorymaze": PICTURES + LAYERS + "--d-ffc 16 --eta 2 --r 1",
-    "ppo_gtrxl_memorymaze": PICTURES + LAYERS + "--memory-len 6",
-}
+    "corridor_len": 10, "max_episode_steps": 40, "env_id": "Craftax-Classic-Symbolic-v1", "optimistic_reset_ratio": 2,
+    "num_layers": 1, "d_model": 16, "d_head": 8, "num_heads": 1, "d_ffc": 16, "eta": 2, "r": 1, "memory_len": 6,
+    "hidden_size": 16, "d_encoder": 16, "d_actor": 16, "d_critic": 16,
+    "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 20,
+    "anneal_lr": False,  # or a run could not be made longer
+}  # fmt: skip
 BATCH = 4 * 16  # environment steps of an update with these flags
 
+
+@functools.cache
+def small_flags(script: str) -> list[str]:
+    """The flags that make this script small."""
+    own = {field.name for field in dataclasses.fields(load(script).Args)}
+    own -= set() if script in CRAFTAX else {"env_id"}
+    flags = {name.replace("_", "-"): value for name, value in SMALL_FLAGS.items() if name in own}
+    return [f"--no-{name}" if value is False else f"--{name}={value}" for name, value in flags.items()]
+
+
+FINISHED = tempfile.mkdtemp()  # for runs that several tests look at
+atexit.register(shutil.rmtree, FINISHED, ignore_errors=True)
+
 # Each program is compiled once, in a hurry, for all the processes of a test session.
-CACHE = tempfile.mkdtemp()
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-ENVIRONMENT = dict(
-    os.environ, JAX_PLATFORMS="cpu", WANDB_MODE="offline", WANDB_SILENT="true", JAX_COMPILATION_CACHE_DIR=CACHE,
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    XLA_FLAGS=" ".join(f"--{name}={str(value).lower()}" for name, value in quick_compiler_options().items()),
-)  # fmt: skip
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": os.environ["COMPILED_FOR_TESTS"],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in quick_compiler_options().items()),
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "PYTHONPATH": str(REPOSITORY),  # for copies of scripts elsewhere
+}
 
 
-def start(script: str, *flags, cwd: Path, small: bool = True, stand_in: bool = True, **options) -> subprocess.Popen:
-    """Starts `python script.py flags` in cwd; of Craftax and Memory Maze with a stand-in, unless told otherwise."""
-    small_flags = SMALL_FLAGS[script].split() if small else []
-    program = [REPOSITORY / f"{script}.py"]
+def start(
+    script: str, *flags, cwd: Path, small: bool = True, stand_in: bool = True, path: Path | None = None, **options
+) -> subprocess.Popen:
+    """Starts `python script.py flags` in cwd; of Craftax and Memory Maze with a stand-in, unless told otherwise.
+
+    path: of an edited copy of the script, to run in its place.
+    """
+    program = [path or REPOSITORY / f"{script}.py"]
     if script in CRAFTAX + MEMORYMAZE and stand_in:
         program = [REPOSITORY / "tests" / "with_stand_in.py", script]
-    command = [sys.executable, *map(str, program), *small_flags, *map(str, flags)]
+    command = [sys.executable, *map(str, program), *(small_flags(script) if small else []), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, **({"env": ENVIRONMENT} | pipes | options))
+
+
+def edited(script: str, folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of the script in another folder with some text replaced, each part of it once."""
+    text = (REPOSITORY / f"{script}.py").read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = folder / f"{script}.py"
+    path.write_text(text)
+    return path
+
+
+def import_copy(path: Path):
+    """An edited copy of a script as a module."""
+    spec = importlib.util.spec_from_file_location(f"copy_of_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
 
 
 def finish(process: subprocess.Popen, expect: int = 0) -> tuple[str, str]:
@@ -129,7 +155,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 @functools.cache
 def finished(script: str, updates: int = 200, interval: int = 20) -> Path:
     """The folder of a finished run, with its last two checkpoints `interval` updates apart; copy it to change it."""
-    cwd = Path(tempfile.mkdtemp(dir=CACHE))
+    cwd = Path(tempfile.mkdtemp(dir=FINISHED))
     run(script, "--total-timesteps", updates * BATCH, "--checkpoint-interval", interval, cwd=cwd)
     return folder_of(cwd)
 

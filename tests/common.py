@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import itertools
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -16,21 +16,26 @@ from PIL import Image
 
 from envs.craftax import GAMES, pack
 
-TMAZE = ["ppo_agalite_tmaze", "ppo_galite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_gru_tmaze"]
-MYSTERYPATH = ["ppo_agalite_mysterypath", "ppo_gtrxl_mysterypath"]
-CRAFTAX = ["ppo_agalite_craftax", "ppo_gtrxl_craftax"]
-SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX
-MEMORYMAZE = ["ppo_lstm_memorymaze", "ppo_agalite_memorymaze", "ppo_gtrxl_memorymaze"]  # see test_memorymaze_scripts
-FIRST = SCRIPTS[:1]  # for tests of what is the same text in all of them (tests/test_sync.py) and knows no model
 
-# Small and all different, so that no two axes can be taken for each other. A script takes the fields it has.
+def scripts_of(task: str) -> list[str]:
+    """The names of all scripts of a task, a user's copies included."""
+    return sorted(path.stem for path in Path(__file__).parents[1].glob(f"ppo_*_{task}.py"))
+
+
+TMAZE, MYSTERYPATH, CRAFTAX, MEMORYMAZE = map(scripts_of, ("tmaze", "mysterypath", "craftax", "memorymaze"))
+SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX  # for Memory Maze see test_memorymaze_scripts.py
+# For slow tests: without those whose memory and whose environment are both tested in other scripts.
+FEWER = [name for name in SCRIPTS if name not in ("ppo_gtrxl_mysterypath", "ppo_gtrxl_craftax")]
+FIRST = ["ppo_agalite_tmaze"]  # for tests of what is the same text in all of them (test_sync.py) and knows no model
+
+# Small and all different, so that no test can confuse two axes. A script takes the fields that it has.
 SMALL = {
-    "corridor_len": 2, "num_distractors": 3, "max_episode_steps": 7,
+    "corridor_len": 2, "num_distractors": 3, "max_episode_steps": 7, "logit_noise": 0.7,
     "num_layers": 2, "d_model": 12, "d_head": 5, "d_ffc": 10, "num_heads": 2, "eta": 3, "r": 4, "memory_len": 5,
     "hidden_size": 11, "optimistic_reset_ratio": 4,
     "d_encoder": 13, "d_actor": 9, "d_critic": 11,
     "num_envs": 8, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 1280,
-    "cautious_entropy": 2.0, "logit_noise": 0.7,
+    "gamma": 0.8,  # so that the few steps that are left until the time limit make a difference
 }  # fmt: skip
 # For tests of what surrounds the model: quick to compile.
 TINY = SMALL | {
@@ -84,6 +89,10 @@ class StandInParams(NamedTuple):
 class StandInState(NamedTuple):
     time: jax.Array  # () int32
     achievements: jax.Array  # (2,) bool
+    world: jax.Array  # WORLD float32, as large as the game's state, see tests/devices.py
+
+
+WORLD = 61, 67
 
 
 class CraftaxStandIn:
@@ -103,12 +112,13 @@ class CraftaxStandIn:
         return spaces.Box(0, 255, (CLASSIC.packed_size,), np.uint8)
 
     def reset(self, key, params):
-        return noise_observation(key), StandInState(jnp.zeros((), jnp.int32), jnp.zeros(2, bool))
+        world = jax.random.uniform(key, WORLD)
+        return noise_observation(key), StandInState(jnp.zeros((), jnp.int32), jnp.zeros(2, bool), world)
 
     def step(self, key, state, action, params):
         obs_key, end_key = jax.random.split(key)
         new = (jnp.arange(2) == action) & ~state.achievements
-        state = StandInState(state.time + 1, state.achievements | new)
+        state = StandInState(state.time + 1, state.achievements | new, state.world)
         dead = jax.random.bernoulli(end_key, 0.03)
         truncated = ~dead & (state.time >= params.max_episode_steps)
         info = {"truncated": truncated, "achievements": state.achievements}
@@ -118,33 +128,53 @@ class CraftaxStandIn:
         return Image.new("RGB", (8, 8), (5 * int(state.time), 0, 0))
 
 
-def make_env(script, args, num_envs: int):
+def make_env(script, args, num_envs: int, **options):
     """The script's environment; of Craftax all but the game itself."""
     stand_in = mock.patch.object(script, "Craftax", CraftaxStandIn) if hasattr(script, "Craftax") else None
     with stand_in or contextlib.nullcontext():
-        return script.make_env(args, num_envs)
+        return script.make_env(args, num_envs, **options)
 
 
 def build(script, args):
-    """-> env, agent, optimizer, as main makes them; but where no flag sets the time limit, it is that of SMALL."""
+    """-> env, agent, as main makes them; but if no flag sets the time limit, it is that of SMALL."""
     env = make_env(script, args, args.num_envs)
     if not hasattr(args, "max_episode_steps"):
         env.unwrapped.default_params = env.default_params._replace(max_episode_steps=SMALL["max_episode_steps"])
-    agent = script.ActorCritic(args, env.action_space(env.default_params).n)
-    return env, agent, script.make_optimizer(args)
+    return env, script.ActorCritic(args, env.action_space(env.default_params).n)
 
 
 def bind(script, args):
     """-> init(key), update(runner), not jitted."""
-    parts = build(script, args)
-    return functools.partial(script.init, args, *parts), functools.partial(script.update, args, *parts)
+    env, agent = build(script, args)
+    return functools.partial(script.init, args, env, agent), functools.partial(script.update, args, env)
+
+
+def seed_keys(args):
+    """The keys of all seeds of a run, as main makes them."""
+    return jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+
+
+def with_params(runner, params):
+    """The same runner with other parameters."""
+    return runner._replace(train_state=runner.train_state.replace(params=params))
+
+
+def arrays_of(runner):
+    """The same runner without its functions, which are others for each call of `init`, so that two can be compared."""
+    return runner._replace(train_state=runner.train_state.replace(apply_fn=None, tx=None))
+
+
+def log_prob_of(logits, action):
+    """log softmax(logits)[action]"""
+    return np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(action)[..., None], -1)[..., 0]
 
 
 def stagger(runner):
     """The same runner with its environments at different times of their episodes, so that these end everywhere."""
 
     def shift(path, x):
-        return jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) % 5 if getattr(path[-1], "name", "") == "time" else x
+        is_time = getattr(path[-1], "name", "") == "time" and x.ndim == 1  # (B,); a pool of first states is (B, K)
+        return jnp.arange(len(x), dtype=x.dtype) % 5 if is_time else x
 
     return runner._replace(env_state=jax.tree_util.tree_map_with_path(shift, runner.env_state))
 
@@ -153,9 +183,19 @@ def random_observations(env, seed: int, shape: tuple[int, ...]):
     """Random numbers of the scale of an observation, (*shape, ...) float32, or of Craftax packed ones."""
     if isinstance(env.unwrapped, CraftaxStandIn):
         return np.array(noise_observation(jax.random.key(seed), shape))
-    space = env.observation_space(env.default_params)
+    space, rng = env.observation_space(env.default_params), np.random.default_rng(seed)
     scale = 1.0 if space.dtype == np.float32 else 25.0  # a tenth of what a byte holds, see random_params
-    return np.float32(scale * np.random.default_rng(seed).normal(size=(*shape, *space.shape)))
+    obs = scale * rng.normal(size=(*shape, *space.shape))
+    if space.dtype == np.float32:  # the steps left until the time limit are a large positive number
+        counts = np.isfinite(space.high) & (space.high > 1)
+        obs = np.where(counts, rng.uniform(0, np.where(counts, space.high, 1), obs.shape), obs)
+    return np.float32(obs)
+
+
+def random_tmaze_observations(rng, shape: tuple[int, ...]):
+    """-> noise for the logits, steps left until the time limit, and nine other numbers, (*shape, 14) float32"""
+    parts = rng.normal(size=(*shape, 4)), rng.uniform(0, 7, (*shape, 1)), rng.normal(size=(*shape, 9))
+    return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
 def random_params(params, seed: int = 0):
@@ -168,7 +208,8 @@ def random_params(params, seed: int = 0):
     def random(path, x):
         noise = rng.normal(size=x.shape)
         if x.ndim >= 2:
-            noise *= 1.6 / np.sqrt(x.shape[-2])  # kernels are (..., in, out)
+            inputs = x.shape[0] if x.shape[-2] == 5 and x.ndim == 3 else x.shape[-2]  # (..., in, out), or (in, 5, out)
+            noise *= 1.6 / np.sqrt(inputs)
             if x.shape[-2] == 192:  # pixels in sight of the first convolution
                 noise *= 10  # pictures are mostly black
         else:
@@ -194,27 +235,23 @@ def deviation(ours, expected) -> float:
 
 def count_parameters(script, args) -> int:
     """Of the agent that these arguments make."""
-    env, agent, _ = build(script, args)
+    env, agent = build(script, args)
     obs, _ = jax.eval_shape(env.reset, jax.random.key(0), env.default_params)
     obs, reset = jnp.zeros((1, *obs.shape), obs.dtype), jnp.ones((1, args.num_envs), bool)
     start = obs, reset, agent.initial_memory(args.num_envs)
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(agent.init, jax.random.key(0), *start)))
 
 
-def authors_gates(g, names) -> dict:
-    """The two gates of a layer in our shapes; g(name) finds the authors' array, names are what they call the gates."""
-    gates = {}
-    for j, gate in enumerate(names):
-        stack = lambda maps, gate=gate: {"kernel": np.concatenate([g(f"{gate}/{n}/kernel") for n in maps], axis=1)}
-        W, U, U_candidate = stack(("Wr", "Wz", "Wg")), stack(("Ur", "Uz")), stack(("Ug",))
-        gates[f"GRUGate_{j}"] = {"W": W, "U": U, "U_candidate": U_candidate, "bias": g(f"{gate}/bgp")}
-    return gates
+def authors_gate(g, name: str) -> dict:
+    """A gate in our names; g(name) finds the authors' array, `name` is the gate's name there."""
+    kernels = {ours: g(f"{name}/{ours}/kernel") for ours in ("Wr", "Wz", "Wg", "Ur", "Uz", "Ug")}
+    return kernels | {"bias": g(f"{name}/bgp")}
 
 
-def check_golden(net, params, z):
+def check_golden(net, params, memory_0, z):
     """Values in one pass and in two calls and input gradients are those of the authors' code -> our final memory."""
     x, reset, cotangent = z["inputs"][:, None], z["terminations"][:, None], z["cotangent"][:, None]
-    memory_0, split = net.initial_memory(1), int(z["split"])
+    split = int(z["split"])
     expected_shapes = jax.eval_shape(net.init, jax.random.key(0), x, reset, memory_0)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected_shapes), "the test's own mapping"
 
@@ -232,25 +269,6 @@ def check_golden(net, params, z):
         assert gradient.dtype == jnp.float64
         assert deviation(np.asarray(gradient)[:, 0], z["input_gradient"]) <= 5e-6
     return memory
-
-
-def learn_in_turn(train, enough: int) -> int:
-    """Trains seeds 1, 2, ... until `enough` of them have learnt; two may fail -> evaluations that the slowest took.
-
-    `train(seed)` yields a success rate again and again while it trains, and has learnt when that is 0.9. Now and then
-    a small agent stays where one without memory ends, and rounding, which differs from CPU to CPU, decides which.
-    """
-    learnt, failed = [], []
-    for seed in itertools.count(1):
-        success = []
-        for rate in train(seed):
-            success.append(round(float(rate), 3))
-            if rate >= 0.9:
-                break
-        (learnt if rate >= 0.9 else failed).append(success)
-        assert len(failed) <= 2, f"success of those who failed: {failed}; of those who learnt: {learnt}"
-        if len(learnt) == enough:
-            return max(map(len, learnt))
 
 
 def assert_close(ours, expected, atol: float):

@@ -1,19 +1,22 @@
-"""In place of Memory Maze, which takes days to learn and a renderer to draw: a cue in small pictures."""
+"""A task in place of Memory Maze, which takes days to learn and a renderer to draw: a cue in small images."""
 
 import functools
 
 import gymnasium
-import jax
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 STEPS = 4
 
 
 class CueMaze(gymnasium.Env):
-    """Red or green at first, then black twice, then white, when action 0 after red or 1 after green pays 1. All
-    episodes end by their time limit, as in the maze."""
+    """First red or green, then black twice, then white, when an even action pays 1 after red, an odd one after green.
+
+    A random policy is right half of the time, and so is the best one without memory. So nothing can be learnt but to
+    remember. All episodes end by their time limit, as in the maze; the very first one may be shorter.
+    """
 
     observation_space = spaces.Box(0, 255, (8, 8, 3), np.uint8)
     action_space = spaces.Discrete(6)
@@ -33,41 +36,20 @@ class CueMaze(gymnasium.Env):
 
     def step(self, action):
         assert self.action_space.contains(action)
-        reward = float(self.time == STEPS - 1 and action == self.cue)
+        reward = float(self.time == STEPS - 1 and action % 2 == self.cue)
         self.time += 1
-        return self.observe(), reward, False, self.time == self.limit, {}
+        shortened = self.time == self.limit < STEPS
+        return self.observe(), reward, False, self.time == self.limit, {"staggered": True} if shortened else {}
 
     def render(self):
         return np.repeat(np.repeat(self.observe(), 8, axis=0), 8, axis=1)
 
 
-def make_env(args, share: float = 1.0):
-    """As that of the scripts."""
-    return functools.partial(CueMaze, max(1, round(share * STEPS)))
+def make_env(args, index: int = 0):
+    """Like that of the scripts."""
+    return functools.partial(CueMaze, STEPS if args.evaluate else STEPS - index * STEPS // args.num_envs)
 
 
-def made_up_rollout(script, args, acts, params, halves, key):
-    """In place of `host_rollout`: this process' share of a rollout that depends on nothing."""
-    rng, (T, B) = np.random.default_rng(0), (args.num_steps, args.num_envs)
-    b = B // jax.process_count()
-    mine = slice(jax.process_index() * b, (jax.process_index() + 1) * b)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    transitions = script.Transition(
-        obs=rng.integers(0, 256, (T, B, 8, 8, 3), np.uint8), reset=rng.random((T, B)) < 0.2, noise=normal(T, B, 6),
-        action=rng.integers(0, 6, (T, B), np.int32), log_prob=normal(T, B), value=normal(T, B), reward=normal(T, B),
-        done=rng.random((T, B)) < 0.2,
-    )  # fmt: skip
-    return jax.tree.map(lambda x: x[:, mine], transitions), normal(B)[mine], []
-
-
-class InTurn(SyncVectorEnv):
-    """What the host loop asks of envs.workers.Workers, in this process: for many small steps, much faster."""
-
-    def __init__(self, env_fns):
-        super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
-
-    def step_async(self, actions):
-        self.actions = actions
-
-    def step_wait(self):
-        return self.step(self.actions)
+def in_turn(env_fns):
+    """The environments as main makes them, but in this process: much faster for many small steps."""
+    return RecordEpisodeStatistics(SyncVectorEnv(env_fns, autoreset_mode=AutoresetMode.SAME_STEP))

@@ -5,17 +5,17 @@ runs on numpy (xp=np) and on JAX (xp=jnp), which then gives derivatives of this 
 """
 
 import numpy as np
-from agalite_reference import dense, gate, heads, layer_norm
+from agalite_reference import dense, gate, heads, layer_norm, split
 
 
-def agent(params, obs, reset, inputs, visible, sizes, xp):
+def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
     """A whole ActorCritic. obs (T, B, n), reset (T, B), inputs (B, L, M, D) and visible (B, M) of the M steps before.
 
     -> (logits (T, B, actions), value (T, B)), inputs, visible after the last step
     """
     H, d = sizes
     p, (T, B), (L, M) = params["params"], reset.shape, inputs.shape[1:3]
-    memory, relu = p["memory"], lambda x: xp.maximum(x, 0)
+    memory, relu = p["GTrXL_0"], lambda x: xp.maximum(x, 0)
 
     # Which step sees which: its own episode, not the future, M steps back at most.
     begun = np.zeros((M + T, B), int)  # how many resets until then
@@ -26,7 +26,7 @@ def agent(params, obs, reset, inputs, visible, sizes, xp):
         for j in range(M + T):
             sees[i, j] = known[j] & (begun[M + i] == begun[j]) & (0 <= M + i - j <= M)
 
-    x, new_inputs = relu(dense(memory["embedding"], obs)), []
+    x, new_inputs = relu(dense(memory["embedding"], split(p, obs)[2])), []
     D = x.shape[-1]
     distance = np.maximum(M + np.arange(T)[:, None] - np.arange(M + T), 0)
     sinusoid = np.empty((T, M + T, D))
@@ -34,13 +34,13 @@ def agent(params, obs, reset, inputs, visible, sizes, xp):
         sinusoid[..., m] = np.sin(distance / 10000 ** (2 * m / D))
         sinusoid[..., D // 2 + m] = np.cos(distance / 10000 ** (2 * m / D))
     for n in range(L):
-        layer = memory[f"GTrXLLayer_{n}"]
-        attention = layer["attention"]
+        attention = memory[f"GTrXLAttention_{n}"]
+        gates, maps = ([memory[f"{kind}_{2 * n + j}"] for j in (0, 1)] for kind in ("GRUGate", "Dense"))
         tokens = xp.concatenate([xp.moveaxis(inputs[:, n], 1, 0), x])  # (M + T, B, D)
         new_inputs.append(tokens[-M:])
-        key_value = dense(attention["key_value"], layer_norm(attention["LayerNorm_0"], tokens))
+        key_value = dense(attention["kv"], layer_norm(attention["LayerNorm_0"], tokens))
         k, v = (y.reshape(M + T, B, H, d) for y in (key_value[..., : H * d], key_value[..., H * d :]))
-        q = dense(attention["query"], x).reshape(T, B, H, d)
+        q = dense(attention["q"], x).reshape(T, B, H, d)
         position = dense(attention["position"], xp.asarray(sinusoid)).reshape(T, M + T, H, d)
         score = xp.einsum("ibhd,jbhd->ijbh", q + memory["content_bias"], k)
         score = score + xp.einsum("ibhd,ijhd->ijbh", q + memory["position_bias"], position)
@@ -48,8 +48,8 @@ def agent(params, obs, reset, inputs, visible, sizes, xp):
         weight = xp.exp(score - score.max(1, keepdims=True))
         weight = weight / weight.sum(1, keepdims=True)
         y = dense(attention["out"], xp.einsum("ijbh,jbhd->ibhd", weight, v).reshape(T, B, H * d))
-        x = gate(layer["GRUGate_0"], x, relu(y), xp)
-        z = relu(dense(layer["Dense_0"], layer_norm(layer["LayerNorm_0"], x)))
-        x = gate(layer["GRUGate_1"], x, relu(dense(layer["Dense_1"], z)), xp)
+        x = gate(gates[0], x, relu(y), xp)
+        z = relu(dense(maps[0], layer_norm(memory[f"LayerNorm_{n}"], x)))
+        x = gate(gates[1], x, relu(dense(maps[1], z)), xp)
     new_visible = (known & (begun == begun[-1]))[-M:].T
-    return heads(p, x, xp), xp.moveaxis(xp.stack(new_inputs), 2, 0), new_visible
+    return heads(p, x, obs, discount, xp), xp.moveaxis(xp.stack(new_inputs), 2, 0), new_visible

@@ -1,19 +1,37 @@
-"""The same name means the same text: compares the scripts, and repairs copies.
+"""The same name means the same text: compares the project's scripts, and repairs copies.
 
     python tests/sync.py                        lists the differences; exit status 1 if there are any
-    python tests/sync.py --from ppo_a_b.py      writes that script's text into all others that bear the same names
+    python tests/sync.py --from ppo_a_b.py      writes that script's text into all others that have the same names
 
-Compared are the classes, functions and assignments at a script's top level: all of their lines, with decorators,
-docstrings, comments inside and right above. `Args`, `ActorCritic`, `make_env` and `main` alone may differ; fields of
-Args with one name share their type and the first line of their docstring.
+It compares the classes, functions and assignments at a script's top level: all of their lines, with decorators,
+docstrings, comments inside and right above. Only `Args`, `ActorCritic`, `make_env` and `main` may differ. Fields of
+Args with the same name share their type and their comment up to the first bracket.
+
+Scripts that you add are neither compared nor written: a copy may differ as you like.
 """
 
 import argparse
 import ast
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
+PROJECT = (
+    "ppo_agalite_tmaze.py",
+    "ppo_galite_tmaze.py",
+    "ppo_gtrxl_tmaze.py",
+    "ppo_lstm_tmaze.py",
+    "ppo_gru_tmaze.py",
+    "ppo_agalite_mysterypath.py",
+    "ppo_gtrxl_mysterypath.py",
+    "ppo_agalite_craftax.py",
+    "ppo_gtrxl_craftax.py",
+    "ppo_agalite_memorymaze.py",
+    "ppo_gtrxl_memorymaze.py",
+    "ppo_lstm_memorymaze.py",
+)
 MAY_DIFFER = {"Args", "ActorCritic", "make_env", "main"}
 SECTION = re.compile(r"# -{10,}")  # the rule above a section belongs to no block
 
@@ -47,21 +65,28 @@ class Script:
         return ["\n".join(self.lines[first : last + 1]) for first, last in self.spans[name]]
 
     def fields(self) -> dict[str, tuple[str, str]]:
-        """Of each field of Args its type and the first line of its docstring."""
+        """The type of each field of Args, and its comment up to the first bracket."""
         return {
-            name: (ast.unparse(node.annotation), docstring.value.value.strip().splitlines()[0])
-            for name, (node, docstring) in self.field_nodes().items()
+            name: (ast.unparse(node.annotation), shared_part(comment).strip())
+            for name, (node, comment) in self.field_nodes().items()
         }
 
-    def field_nodes(self) -> dict[str, tuple[ast.AnnAssign, ast.Expr]]:
-        body = next((node.body for node in self.tree.body if getattr(node, "name", "") == "Args"), [])
+    def field_nodes(self) -> dict[str, tuple[ast.AnnAssign, str]]:
+        """The statement of each field of Args, and the comment behind it."""
+        tokens = tokenize.generate_tokens(io.StringIO("\n".join(self.lines) + "\n").readline)
+        comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
         found = {}
-        for node, after in zip(body, [*body[1:], None], strict=True):
+        for node in next((node.body for node in self.tree.body if getattr(node, "name", "") == "Args"), []):
             if isinstance(node, ast.AnnAssign):
-                if not (isinstance(after, ast.Expr) and isinstance(getattr(after.value, "value", None), str)):
-                    raise SystemExit(f"{self.path.name}: Args.{node.target.id} has no docstring")
-                found[node.target.id] = node, after
+                if node.end_lineno not in comments:
+                    raise SystemExit(f"{self.path.name}: Args.{node.target.id} has no comment behind it")
+                found[node.target.id] = node, comments[node.end_lineno]
         return found
+
+
+def shared_part(comment: str) -> str:
+    """A field's comment up to the first bracket, which may hold a script's own published value."""
+    return comment.split("(")[0]
 
 
 def names_of(node: ast.AST) -> list[str]:
@@ -72,10 +97,15 @@ def names_of(node: ast.AST) -> list[str]:
     return [x.id for target in targets if target for x in ast.walk(target) if isinstance(x, ast.Name)]
 
 
+def own_scripts(folder: Path) -> list[Path]:
+    """The project's scripts in a folder, without those that a user added."""
+    return [folder / name for name in PROJECT if (folder / name).exists()]
+
+
 def differences(paths: list[Path]) -> list[str]:
-    """One line for each name that does not mean the same in all scripts; each is compared with the first to have it."""
+    """A line for each name whose text differs; each script is compared with the first one that has the name."""
     first_text, first_field, found = {}, {}, []
-    for script in map(Script, sorted(paths)):
+    for script in map(Script, paths):
         for name in script.spans:
             if name not in MAY_DIFFER:
                 path, text = first_text.setdefault(name, (script.path, script.text(name)))
@@ -89,7 +119,7 @@ def differences(paths: list[Path]) -> list[str]:
 
 
 def repaired(script: Script, source: Script) -> list[str]:
-    """The lines of the script with every block and field it shares with the source as it is there."""
+    """The lines of the script, with every block and field that the source has too as it is there."""
     edits = []  # (first line, last line, new lines)
     done = set()
     for name in script.spans:
@@ -105,16 +135,18 @@ def repaired(script: Script, source: Script) -> list[str]:
             edits.append((*old[0], "\n".join(new).splitlines()))
             edits += [(first, last, []) for first, last in old[1:]]
 
-    theirs, nodes = source.fields(), script.field_nodes()
+    right_fields, right_nodes, nodes = source.fields(), source.field_nodes(), script.field_nodes()
     for name, field in script.fields().items():
-        if name in theirs and field != theirs[name]:
-            (kind, summary), (node, docstring) = theirs[name], nodes[name]
-            first, last = node.annotation.lineno - 1, node.annotation.end_lineno - 1
+        if name in right_fields and field != right_fields[name]:
+            (node, comment), (_, right_comment) = nodes[name], right_nodes[name]
+            bracket = comment[len(shared_part(comment)) :]
+            new_comment = shared_part(right_comment).rstrip() + (" " + bracket if bracket else "")
+            first, last = node.annotation.lineno - 1, node.end_lineno - 1
             before = script.lines[first].encode()[: node.annotation.col_offset].decode()  # ast counts bytes
-            after = script.lines[last].encode()[node.annotation.end_col_offset :].decode()
-            edits.append((first, last, [before + kind + after]))
-            row = docstring.lineno - 1
-            edits.append((row, row, [script.lines[row].replace(field[1], summary, 1)]))
+            rest = "\n".join([script.lines[first].encode()[node.annotation.end_col_offset :].decode()]
+                             + script.lines[first + 1 : last + 1])  # fmt: skip
+            text = before + right_fields[name][0] + rest.removesuffix(comment) + new_comment
+            edits.append((first, last, text.splitlines()))
 
     lines = list(script.lines)
     for first, last, new in sorted(edits, reverse=True):
@@ -126,11 +158,11 @@ def main(folder: Path, argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", metavar="SCRIPT", help="the script whose text is right")
     source = parser.parse_args(argv).source
-    paths = sorted(folder.glob("ppo_*.py"))
+    paths = own_scripts(folder)
     if source:
         right = folder / Path(source).name
         if right not in paths:
-            parser.error(f"--from {source}: no such script in {folder}; there are {[path.name for path in paths]}")
+            parser.error(f"--from {source}: not one of the project's scripts, {[path.name for path in paths]}")
         for path in paths:
             script = Script(path)
             lines = repaired(script, Script(right))

@@ -1,22 +1,24 @@
 """What Craftax's scripts have of their own: encoder and heads, memory saved by unpacking twice, resets, outcomes."""
 
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import CLASSIC, CRAFTAX, build, deviation, float64, load, make_env, noise_observation, quick_jit, small_args
+from common import CLASSIC, build, deviation, float64, load, make_env, noise_observation, quick_jit, small_args
 
 from envs.craftax import GAMES, Craftax, unpack
 
 
-@pytest.fixture(scope="module", params=CRAFTAX[:1])  # what is tested with it is the same text in both
+@pytest.fixture(scope="module", params=["ppo_agalite_craftax"])  # what is tested with it is the same text in both
 def script(request):
     return load(request.param)
 
 
-@pytest.mark.parametrize("name, count", [(CRAFTAX[0], 2_876_844), (CRAFTAX[1], 2_695_724)])
+@pytest.mark.parametrize("name, count", [("ppo_agalite_craftax", 2_876_844), ("ppo_gtrxl_craftax", 2_695_724)])
 def test_parameter_count(name, count):
     """Of the default model on Craftax itself: what encoder and heads should have, and the memory of the T-Maze's size
     but for eta and the size of its input."""
@@ -29,42 +31,55 @@ def test_parameter_count(name, count):
     params = jax.eval_shape(agent.init, jax.random.key(0), *start)["params"]
     sizes = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in params.items()}
     assert sizes["encoder"] == (GAMES[args.env_id].obs_size + 1) * 128
-    assert sizes["actor"] == 129 * 128 + 129 * 43 and sizes["critic"] == 129 * 128 + 129
+    assert sizes["Dense_0"] == sizes["Dense_1"] == 129 * 128, "hidden layers of actor and critic"
+    assert sizes["Dense_2"] == 129 * 43 and sizes["Dense_3"] == 129
     assert sum(sizes.values()) == count
 
 
-def test_parameters_at_first(script):
+def test_initial_parameters(script):
     """Orthogonal kernels of the published gains: sqrt 2 and relu, then 2 and relu, then 0.01 or 1; biases 0."""
-    _, agent, _ = build(script, small_args(script))
+    _, agent = build(script, small_args(script))
     obs, reset = noise_observation(jax.random.key(0), (1, 3)), jnp.ones((1, 3), bool)
     start = obs, reset, agent.initial_memory(3)
     params = float64(quick_jit(agent.init)(jax.random.key(1), *start)["params"])
-    gains = {("encoder", "Dense_0"): 2**0.5, ("actor", "Dense_0"): 2, ("actor", "Dense_1"): 0.01}
-    gains |= {("critic", "Dense_0"): 2, ("critic", "Dense_1"): 1}
-    for (part, layer), gain in gains.items():
-        kernel, bias = params[part][layer]["kernel"], params[part][layer]["bias"]
-        np.testing.assert_allclose(np.linalg.svd(kernel)[1], gain, rtol=1e-5)
-        assert not bias.any()
+    gains = {"Dense_0": 2, "Dense_1": 2, "Dense_2": 0.01, "Dense_3": 1}
+    for layer, gain in [(params[name], gain) for name, gain in gains.items()] + [
+        (params["encoder"]["Dense_0"], 2**0.5)
+    ]:
+        np.testing.assert_allclose(np.linalg.svd(layer["kernel"])[1], gain, rtol=1e-5)
+        assert not layer["bias"].any()
 
 
-def test_encoder_and_head(script):
+def test_encoder_and_heads(script, monkeypatch):
     """Both against numpy; the encoder reads the observation that was packed."""
     rng = np.random.default_rng(0)
     obs = noise_observation(jax.random.key(0), (2, 3))
-    params = {"kernel": rng.normal(size=(CLASSIC.obs_size, 5)), "bias": rng.normal(size=5)}
-    expected = np.maximum(float64(unpack(obs)) @ params["kernel"] + params["bias"], 0)
+    random = lambda *shape: {"kernel": rng.normal(size=shape), "bias": rng.normal(size=shape[1:])}
+    params = random(CLASSIC.obs_size, 5)
+    dense = lambda p, x: x @ p["kernel"] + p["bias"]
+    expected = np.maximum(dense(params, float64(unpack(obs))), 0)
     assert deviation(script.SymbolEncoder(5).apply({"params": {"Dense_0": params}}, obs), expected) < 1e-5
-    x = rng.normal(size=(2, 3, 7))
-    layers = [{"kernel": rng.normal(size=shape), "bias": rng.normal(size=shape[1])} for shape in ((7, 6), (6, 4))]
-    expected = np.maximum(x @ layers[0]["kernel"] + layers[0]["bias"], 0) @ layers[1]["kernel"] + layers[1]["bias"]
-    head = script.ReluHead(6, 4, gain=1.0)
-    assert deviation(head.apply({"params": {"Dense_0": layers[0], "Dense_1": layers[1]}}, x), expected) < 1e-5
+
+    class NoMemory(nn.Module):
+        args: Any
+
+        def __call__(self, x, reset, memory):
+            return x, memory
+
+    monkeypatch.setattr(script, "AGaLiTe", NoMemory)
+    agent = script.ActorCritic(small_args(script, d_encoder=5, d_actor=6, d_critic=7), 4)
+    heads = {"Dense_0": random(5, 6), "Dense_1": random(5, 7), "Dense_2": random(6, 4), "Dense_3": random(7, 1)}
+    params = {"params": {"encoder": {"Dense_0": params}} | heads}
+    logits, value, _ = agent.apply(params, obs, np.zeros((2, 3), bool), ())
+    of = lambda first, last: dense(heads[last], np.maximum(dense(heads[first], expected), 0))
+    assert deviation(logits, of("Dense_0", "Dense_2")) < 1e-5
+    assert deviation(value, of("Dense_1", "Dense_3")[..., 0]) < 1e-5
 
 
 def test_unpacked_observations_are_not_kept(script):
     """Of what the forward pass leaves to backpropagation nothing has the size of unpacked observations."""
     args = small_args(script)
-    _, agent, _ = build(script, args)
+    _, agent = build(script, args)
     obs, reset = noise_observation(jax.random.key(0), (8, 3)), jnp.zeros((8, 3), bool)
 
     def keeps_them(module, *inputs):
@@ -77,48 +92,51 @@ def test_unpacked_observations_are_not_kept(script):
 
 
 def test_resets_are_shared_in_training_only_by_so_many(script):
-    """Training makes num_envs / optimistic_reset_ratio worlds a step, an evaluation one, of whatever number."""
+    """Training makes num_envs / optimistic_reset_ratio worlds per step, an evaluation one, for any number of
+    environments."""
     args = small_args(script, num_envs=32, optimistic_reset_ratio=8)
-    fresh = {num_envs: make_env(script, args, num_envs).num_fresh for num_envs in (32, 1, 7, 200)}
-    assert fresh == {32: 4, 1: 1, 7: 1, 200: 1}
+    assert make_env(script, args, 32).num_fresh == 4
+    fresh = [make_env(script, args, num_envs, evaluation=True).num_fresh for num_envs in (32, 1, 7, 200)]
+    assert fresh == [1, 1, 1, 1]
 
 
 def test_outcomes_of_training(script, monkeypatch):
     """Score and achievements are means over the episodes that ended, each as it was at its end."""
     args = small_args(script, num_envs=32)
-    env, agent, optimizer = build(script, args)
+    env, agent = build(script, args)
     noted, original = {}, script.rollout
 
     def rollout(*given):
-        runner, transitions, noted["infos"], last_value = original(*given)
-        return runner, transitions, noted["infos"], last_value
+        noted["rollout"] = original(*given)
+        return noted["rollout"]
 
     monkeypatch.setattr(script, "rollout", rollout)
-    monkeypatch.setattr(script, "learn", lambda *given: (given[3].params, given[3].opt_state, {}))
+    monkeypatch.setattr(script, "learn", lambda args, train_state, *given: (train_state, {}))
 
     @quick_jit
     def update(key):
-        _, metrics = script.update(args, env, agent, optimizer, script.init(args, env, agent, optimizer, key))
-        return metrics, noted["infos"]
+        _, metrics, outcomes = script.update(args, env, script.init(args, env, agent, key))
+        _, transitions, infos, _ = noted["rollout"]
+        return metrics, outcomes, transitions.done, infos
 
-    metrics, infos = float64(update(jax.random.key(3)))
-    done = infos["done"].astype(bool)
+    metrics, outcomes, done, infos = update(jax.random.key(3))
+    infos = {name: float64(x)[np.asarray(done)] for name, x in infos.items()}
     assert metrics["charts/episodes"] == done.sum() > 32
-    np.testing.assert_allclose(metrics["charts/score"], 100 * infos["episodic_return"][done].mean() / 2.0, rtol=1e-5)
+    np.testing.assert_allclose(outcomes["charts/score"], 100 * infos["episodic_return"].mean() / 2.0, rtol=1e-5)
     for i, name in enumerate(("collect_wood", "eat_cow")):
-        share = infos["achievements"][done][:, i].mean()
+        share = infos["achievements"][:, i].mean()
         assert 0 < share < 1
-        np.testing.assert_allclose(metrics[f"achievements/{name}"], share, rtol=1e-5)
+        np.testing.assert_allclose(outcomes[f"achievements/{name}"], share, rtol=1e-5)
 
 
 def test_outcomes_of_an_evaluation(script):
     """Its episodes have outcomes too; here a point for each achievement is all there is to earn."""
     args = small_args(script)
-    _, agent, _ = build(script, args)
-    env = make_env(script, args, 50)
+    _, agent = build(script, args)
+    env = make_env(script, args, 50, evaluation=True)
     obs, reset = noise_observation(jax.random.key(0), (1, 50)), jnp.ones((1, 50), bool)
     params = quick_jit(agent.init)(jax.random.key(1), obs, reset, agent.initial_memory(50))
-    evaluate = quick_jit(functools.partial(script.evaluate, args, env, agent, greedy=False))
+    evaluate = quick_jit(functools.partial(script.evaluate, env, agent, greedy=False))
     result = float64(evaluate(params, jax.random.key(2)))
     unlocked = result["achievements/collect_wood"].astype(int) + result["achievements/eat_cow"]
     np.testing.assert_array_equal(unlocked, result["episodic_return"])

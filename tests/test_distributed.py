@@ -10,12 +10,14 @@ from common import FIRST, assert_close
 
 
 def start_two(script, *flags, **options):
-    """Starts the two processes of a distributed run."""
+    """Starts the two processes of a distributed run, as Open MPI's mpirun would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    job = ENVIRONMENT | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [start(script, "--distributed", *flags, env=job | {"JAX_PROCESS_ID": str(i)}, **options) for i in range(2)]
+    job = ENVIRONMENT | {"JAX_COORDINATOR_ADDRESS": address, "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1"}
+    job |= {"OMPI_COMM_WORLD_SIZE": "2"}
+    rank = lambda i: {"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i)}
+    return [start(script, "--distributed", *flags, env=job | rank(i), **options) for i in range(2)]
 
 
 @pytest.mark.parametrize("script", FIRST)
@@ -29,8 +31,8 @@ def test_two_processes_equal_one(script, tmp_path):
     ours, expected = folder_of(two), folder_of(one)  # one folder: both processes agree on its name
     for updates in (2, 4):
         assert steps(ours)[-1] == updates
-        learners = [checkpoint(folder, updates)["runner"]["learner"] for folder in (ours, expected)]
-        assert_close(learners[0], learners[1], atol=1e-4)
+        states = [checkpoint(folder, updates)["train_state"] for folder in (ours, expected)]
+        assert_close(states[0], states[1], atol=1e-4)
         assert len(rows(ours)) == updates  # of process 0 alone
         for row, other in zip(lasting(ours), lasting(expected), strict=False):
             assert {k: float(v or 0) for k, v in row.items()} == pytest.approx(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import (
-    authors_gates,
+    authors_gate,
     build,
     check_golden,
     count_parameters,
@@ -18,6 +18,7 @@ from common import (
     load,
     quick_jit,
     random_params,
+    random_tmaze_observations,
     small_args,
 )
 
@@ -25,33 +26,24 @@ script = load("ppo_galite_tmaze")
 
 
 def authors_params(z, args) -> dict:
-    """The authors' parameter tree in our shapes: their heads have kernels of their own, ours stand side by side."""
-    H = args.num_heads
-    dense = lambda g, name: {n: g(f"{name}/{n}") for n in ("kernel", "bias")}
-    params = {"embedding": dense(lambda name: z[f"params/layer0/{name}"], "emb_layer")}
+    """The authors' parameter tree in our names."""
+    params = {"embedding": {n: z[f"params/layer0/emb_layer/{n}"] for n in ("kernel", "bias")}}
+    names = {
+        "v": "csop/Dense_0", "beta": "csop/Dense_1", "k": "csop/ParameteredProjection_0/Dense_0",
+        "p1": "csop/ParameteredProjection_0/Dense_1", "gamma": "csop/ParameteredProjection_1/Dense_0",
+        "p3": "csop/ParameteredProjection_1/Dense_1", "query": "Dense_0", "q": "ParameteredProjection_0/Dense_0",
+        "p2": "ParameteredProjection_0/Dense_1", "out": "Dense_1",
+    }  # fmt: skip
     for i in range(args.num_layers):
         g = lambda name, i=i: z[f"params/layer{i}/{name}"]
-
-        def of_heads(name, g=g):
-            kernel, bias = g(f"RLTAttentionLayer_0/{name}/kernel"), g(f"RLTAttentionLayer_0/{name}/bias")
-            return {"kernel": np.concatenate(list(kernel), axis=1), "bias": bias.reshape(-1)}
-
-        names = {
-            "value": "csop/Dense_0", "beta": "csop/Dense_1", "key": "csop/ParameteredProjection_0/Dense_0",
-            "p1": "csop/ParameteredProjection_0/Dense_1", "gamma": "csop/ParameteredProjection_1/Dense_0",
-            "p3": "csop/ParameteredProjection_1/Dense_1", "query": "Dense_0",
-        }  # fmt: skip
-        attention = {ours: of_heads(theirs) for ours, theirs in names.items()}
-        for ours, theirs in (("query_query", "Dense_0"), ("p2", "Dense_1")):
-            for n in ("kernel", "bias"):
-                attention[f"{ours}_{n}"] = g(f"RLTAttentionLayer_0/ParameteredProjection_0/{theirs}/{n}")
-        assert len(attention["p2_bias"]) == H
-        attention["out"] = dense(g, "RLTAttentionLayer_0/Dense_1")
-        layer = {"attention": attention} | authors_gates(g, ("GRUGatingUnit_0", "GRUGatingUnit_1"))
-        for name in ("LayerNorm_0", "LayerNorm_1"):
-            layer[name] = {n: g(f"{name}/{n}") for n in ("scale", "bias")}
-        layer |= {name: dense(g, name) for name in ("Dense_0", "Dense_1")}
-        params[f"GaLiTeLayer_{i}"] = layer
+        dense = lambda name, g=g: {n: g(f"{name}/{n}") for n in ("kernel", "bias")}
+        attention = {ours: dense(f"RLTAttentionLayer_0/{theirs}") for ours, theirs in names.items()}
+        assert len(attention["p2"]["bias"]) == args.num_heads
+        params[f"GaLiTeAttention_{i}"] = attention
+        for j in range(2):
+            params[f"GRUGate_{2 * i + j}"] = authors_gate(g, f"GRUGatingUnit_{j}")
+            params[f"LayerNorm_{2 * i + j}"] = {n: g(f"LayerNorm_{j}/{n}") for n in ("scale", "bias")}
+            params[f"Dense_{2 * i + j}"] = dense(f"Dense_{j}")
     return {"params": params}
 
 
@@ -61,14 +53,15 @@ def test_golden_numbers():
     meta = ast.literal_eval(str(z["meta"]))
     names = {"n_layers": "num_layers", "n_heads": "num_heads"}
     args = script.Args(**{names.get(name, name): value for name, value in meta.items()})
-    memory = check_golden(script.GaLiTe(args), authors_params(z, args), z)
+    memory_0 = script.ActorCritic(args, 4).initial_memory(1)
+    memory = check_golden(script.GaLiTe(args), authors_params(z, args), memory_0, z)
     for i, layer in enumerate(memory):
         c, s = z[f"memory/{i}/memory/c"], z[f"memory/{i}/memory/s"]
         assert deviation(layer.matrix.reshape(c.shape), c) <= 5e-6
         assert deviation(layer.norm.reshape(s.shape), s) <= 5e-6
 
 
-T, B, OBS = 70, 3, 9
+T, B, OBS = 70, 3, 14
 RESETS = np.zeros((T, B), bool)
 RESETS[[0, 20, 21, 22, T - 1], 0] = True  # at the start, consecutive, at the very end
 RESETS[[33, 34], 1] = True  # starts in mid-episode
@@ -78,9 +71,9 @@ RESETS[[33, 34], 1] = True  # starts in mid-episode
 def test_agrees_with_a_float64_reference():
     """Values, memory and every derivative are those of the plain formulas in double precision."""
     args = small_args(script)
-    _, agent, _ = build(script, args)
+    _, agent = build(script, args)
     rng = np.random.default_rng(0)
-    obs = rng.normal(size=(T, B, OBS)).astype(np.float32)
+    obs = random_tmaze_observations(rng, (T, B))
     blank = agent.initial_memory(B)
     memory = tuple(
         script.MatrixMemory(
@@ -91,17 +84,12 @@ def test_agrees_with_a_float64_reference():
     params = random_params(jax.eval_shape(agent.init, jax.random.key(0), obs, RESETS, memory))
     weights = rng.normal(size=(T, B, 4)), rng.normal(size=(T, B))
     weighted_sum = lambda outputs: sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
-    sizes = args.num_heads, args.d_head, args.eta
-
-    def ours(params, obs, memory):
-        logits, value, new = agent.apply(params, obs, RESETS, memory)
-        return weighted_sum((logits, value)), (logits, value, new)
 
     with jax.default_matmul_precision("float32"):
-        gradients, (logits, value, new) = quick_jit(jax.grad(ours, (0, 1, 2), has_aux=True))(params, obs, memory)
+        logits, value, new = quick_jit(agent.apply)(params, obs, RESETS, memory)
     states = [tuple(layer) for layer in float64(memory)]
     (expected_logits, expected_value), states = galite_reference.agent(
-        float64(params), float64(obs), RESETS, states, sizes, np
+        float64(params), float64(obs), RESETS, states, args.gamma, np
     )  # fmt: skip
     assert 0.3 < np.abs(expected_logits).mean() < 10, "activations of order 1"
     assert deviation(logits, expected_logits) < 3e-5
@@ -110,43 +98,42 @@ def test_agrees_with_a_float64_reference():
         assert deviation(layer.matrix, matrix) < 5e-6
         assert deviation(layer.norm, norm) < 5e-6
 
-    with jax.enable_x64(True):
+    with jax.enable_x64(True):  # in float32 the rounding of a gradient depends on the CPU
+
+        def ours(params, obs, memory):
+            return weighted_sum(agent.apply(params, obs, RESETS, memory)[:2])
 
         def reference(params, obs, memory):
-            outputs, _ = galite_reference.agent(params, obs, RESETS, [tuple(x) for x in memory], sizes, jnp)
+            outputs, _ = galite_reference.agent(params, obs, RESETS, [tuple(x) for x in memory], args.gamma, jnp)
             return weighted_sum(outputs)
 
         inputs = jax.tree.map(jnp.asarray, float64((params, obs, memory)))
-        expected = quick_jit(jax.grad(reference, (0, 1, 2)))(*inputs)
-        assert jax.tree.leaves(expected)[0].dtype == jnp.float64
-        expected = float64(expected)
-    assert deviation(gradients, expected) < 3e-4
+        gradients, expected = (quick_jit(jax.grad(f, (0, 1, 2)))(*inputs) for f in (ours, reference))
+        assert all(x.dtype == jnp.float64 for x in jax.tree.leaves((gradients, expected)))
+        gradients, expected = float64((gradients, expected))
+    assert deviation(gradients, expected) < 1e-9
 
 
-@pytest.mark.parametrize("gate_init", ["published", "chrono"])
-def test_parameters_at_first(gate_init):
-    """The published count; each head's kernels orthogonal with gain sqrt 2; with chrono, 1 / gate - 1 of gamma between
-    1 and t_max steps."""
-    assert count_parameters(script, script.Args(gate_init=gate_init)) == 1_826_405
-    args = small_args(script, d_model=16, d_head=8, gate_init=gate_init)
-    _, agent, _ = build(script, args)
+@pytest.mark.parametrize("chrono_steps", [1.0, 300.0])
+def test_initial_parameters(chrono_steps):
+    """The published count; each head's kernels orthogonal with gain sqrt 2; 1 / gate - 1 of gamma between 1 and
+    chrono_steps; all other biases 0."""
+    assert count_parameters(script, script.Args(chrono_steps=chrono_steps)) == 1_826_405
+    args = small_args(script, d_model=16, d_head=8, chrono_steps=chrono_steps)
+    _, agent = build(script, args)
     obs, reset = jnp.zeros((1, 1, OBS)), jnp.ones((1, 1), bool)
     params = quick_jit(agent.init)(jax.random.key(7), obs, reset, agent.initial_memory(1))["params"]
-    attention = float64(params["memory"]["GaLiTeLayer_0"]["attention"])
-    chrono, H = gate_init == "chrono", args.num_heads
-    for name in ("key", "value", "beta", "gamma", "query", "p1", "p3"):
-        gain = np.sqrt(2) * (0.3 if chrono and name == "gamma" else 1)
-        for kernel in np.split(attention[name]["kernel"], H, axis=1):  # (D, n), n < D
-            np.testing.assert_allclose(kernel.T @ kernel, gain**2 * np.eye(kernel.shape[1]), atol=1e-5)
-    for name in ("query_query", "p2"):
-        for kernel in attention[f"{name}_kernel"]:  # (d, n)
-            np.testing.assert_allclose(kernel.T @ kernel, 2 * np.eye(kernel.shape[1]), atol=1e-5)
-        assert not attention[f"{name}_bias"].any()
-    np.testing.assert_array_equal(attention["p3"]["bias"], np.full(H * args.eta, float(chrono)))
-    for name in ("key", "value", "beta", "query", "p1"):
-        assert not attention[name]["bias"].any()
-    steps = np.exp(-attention["gamma"]["bias"])
-    if chrono:
-        assert 1 <= steps.min() < 100 < steps.max() <= args.chrono_t_max and len(np.unique(steps)) == steps.size
-    else:
-        assert (steps == 1).all()
+    attention = float64(params["GaLiTe_0"]["GaLiTeAttention_0"])
+    steps = np.exp(-attention["gamma"].pop("bias"))
+    assert set(attention) == set("k v beta gamma query q p1 p2 p3 out".split())
+    for name, maps in attention.items():
+        for kernel in maps["kernel"] if name != "out" else [maps["kernel"]]:  # (D, n) or (d, n) of each head
+            short = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.T
+            np.testing.assert_allclose(short @ short.T, 2 * np.eye(len(short)), atol=1e-5)
+        assert not np.any(maps.get("bias", 0))
+        if name != "out":
+            assert len(maps["kernel"]) == args.num_heads
+            assert np.abs(maps["kernel"][0] - maps["kernel"][1]).max() > 0.1, "each head is drawn on its own"
+    assert 1 - 1e-5 <= steps.min() and steps.max() <= chrono_steps + 1e-3
+    assert len(np.unique(steps)) == (steps.size if chrono_steps > 1 else 1)
+    assert chrono_steps == 1 or steps.min() < 100 < 200 < steps.max()

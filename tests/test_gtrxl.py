@@ -1,6 +1,7 @@
 """GTrXL against the numbers of its authors, a float64 reference of our own that goes further, and its parameters."""
 
 import ast
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import (
-    authors_gates,
+    authors_gate,
     build,
     check_golden,
     count_parameters,
@@ -19,27 +20,30 @@ from common import (
     load,
     quick_jit,
     random_params,
+    random_tmaze_observations,
     small_args,
 )
-from test_ppo import Played
+from test_ppo import played_by
 
 script = load("ppo_gtrxl_tmaze")
 
 
 def authors_params(z, args) -> dict:
-    """The authors' parameter tree in our shapes."""
+    """The authors' parameter tree in our names."""
     get = lambda name: z[f"params/{name}"]
     dense = lambda name: {n: get(f"{name}/{n}") for n in ("kernel", "bias")}
     params = {"embedding": dense("embedding/layers_0"), "content_bias": get("u"), "position_bias": get("v")}
     for i in range(args.num_layers):
         first = f"layers_{i}"
         norm = lambda name, first=first: {n: get(f"{first}/{name}/{n}") for n in ("scale", "bias")}
-        names = {"key_value": "attention_kv", "query": "attention_q", "position": "project_pos", "out": "project"}
+        names = {"kv": "attention_kv", "q": "attention_q", "position": "project_pos", "out": "project"}
         attention = {ours: dense(f"{first}/attention/{theirs}") for ours, theirs in names.items()}
-        layer = {"attention": attention | {"LayerNorm_0": norm("layernorm1")}, "LayerNorm_0": norm("layernorm2")}
-        layer |= authors_gates(lambda name, first=first: get(f"{first}/{name}"), ("gate1", "gate2"))
-        layer |= {f"Dense_{j}": dense(f"{first}/mlp/layers_{2 * j}/layers_0") for j in range(2)}
-        params[f"GTrXLLayer_{i}"] = layer
+        params[f"GTrXLAttention_{i}"] = attention | {"LayerNorm_0": norm("layernorm1")}
+        params[f"LayerNorm_{i}"] = norm("layernorm2")
+        for j in range(2):
+            gate = authors_gate(lambda name, first=first: get(f"{first}/{name}"), f"gate{j + 1}")
+            params[f"GRUGate_{2 * i + j}"] = gate
+            params[f"Dense_{2 * i + j}"] = dense(f"{first}/mlp/layers_{2 * j}/layers_0")
     return {"params": params}
 
 
@@ -51,14 +55,15 @@ def test_golden_numbers(name):
     assert meta.pop("mlp_num") == 2
     names = {"head_dim": "d_head", "embedding_dim": "d_model", "head_num": "num_heads", "layer_num": "num_layers"}
     args = script.Args(**{names.get(name, name): value for name, value in meta.items()})
-    memory = check_golden(script.GTrXL(args), authors_params(z, args), z)
+    memory_0 = script.ActorCritic(args, 4).initial_memory(1)
+    memory = check_golden(script.GTrXL(args), authors_params(z, args), memory_0, z)
     inputs, hidden = z["memory/0"][:-1, :, 0], z["memory/1"]  # (L, M, D), (M,)
     np.testing.assert_array_equal(memory.visible[0], ~hidden)
     shown = np.asarray(memory.inputs[0])[:, ~hidden]  # what is hidden is never read
     assert deviation(shown, inputs[:, ~hidden]) <= 5e-6
 
 
-T, B, OBS = 70, 3, 9
+T, B, OBS = 70, 3, 14
 RESETS = np.zeros((T, B), bool)
 RESETS[[0, 20, 21, 22, T - 1], 0] = True  # at the start, consecutive, at the very end
 RESETS[[33, 34], 1] = True  # starts in mid-episode
@@ -68,9 +73,9 @@ RESETS[[33, 34], 1] = True  # starts in mid-episode
 def case(memory_len: int):
     """A small agent with random parameters, observations, and a memory of which a part is in sight."""
     args = small_args(script, memory_len=memory_len)
-    _, agent, _ = build(script, args)
+    _, agent = build(script, args)
     rng = np.random.default_rng(0)
-    obs = rng.normal(size=(T, B, OBS)).astype(np.float32)
+    obs = random_tmaze_observations(rng, (T, B))
     inputs = rng.normal(size=agent.initial_memory(B).inputs.shape).astype(np.float32)
     visible = np.arange(memory_len) >= np.array([0, memory_len // 2, memory_len])[:, None]
     memory = script.WindowMemory(inputs, visible)
@@ -98,7 +103,7 @@ def test_agrees_with_a_float64_reference(memory_len):
         )
     assert not np.any(of_memory)
     expected, inputs, visible = gtrxl_reference.agent(
-        float64(params), float64(obs), RESETS, float64(memory.inputs), memory.visible, sizes, np
+        float64(params), float64(obs), RESETS, float64(memory.inputs), memory.visible, sizes, args.gamma, np
     )
     assert 0.3 < np.abs(expected[0]).mean() < 10, "activations of order 1"
     assert deviation((logits, value), expected) < 3e-5
@@ -108,14 +113,16 @@ def test_agrees_with_a_float64_reference(memory_len):
     with jax.enable_x64(True):
 
         def reference(params, obs):
-            outputs, _, _ = gtrxl_reference.agent(params, obs, RESETS, inputs_64, memory.visible, sizes, jnp)
+            outputs, _, _ = gtrxl_reference.agent(
+                params, obs, RESETS, inputs_64, memory.visible, sizes, args.gamma, jnp
+            )
             return weighted_sum(outputs)
 
         inputs_64 = jnp.asarray(float64(memory.inputs))
         expected = quick_jit(jax.grad(reference, (0, 1)))(*jax.tree.map(jnp.asarray, float64((params, obs))))
         assert jax.tree.leaves(expected)[0].dtype == jnp.float64
         expected = float64(expected)
-    attention = lambda tree, i: tree[0]["params"]["memory"][f"GTrXLLayer_{i}"]["attention"]
+    attention = lambda tree, i: tree[0]["params"]["GTrXL_0"][f"GTrXLAttention_{i}"]
     for i in range(args.num_layers):  # the bias of positions cancels in the softmax: nothing but rounding is left
         for tree in ((of_params, of_obs), expected):
             assert np.abs(attention(tree, i)["position"].pop("bias")).max() < 1e-3
@@ -139,7 +146,7 @@ def test_a_step_sees_just_its_window():
 
 def test_ratio_one_notices_a_missing_window():
     """Were learning to see further back than acting, as the authors' does, the ratio would not be 1."""
-    played = Played(script)
+    played = copy.copy(played_by("ppo_gtrxl_tmaze"))
     M = played.args.memory_len
     wide = script.ActorCritic(dataclasses.replace(played.args, memory_len=2 * M), 4)
     inputs, visible = played.memory
@@ -149,17 +156,18 @@ def test_ratio_one_notices_a_missing_window():
     assert min(played.errors(memory=further)) > 1e-2
 
 
-def test_parameters_at_first():
+def test_initial_parameters():
     """The published count; Flax's own initialisers; nothing else but zeros, ones and the gate's bias of 2."""
     assert count_parameters(script, script.Args()) == 1_617_925
     args = small_args(script, d_model=64, d_head=16)
-    _, agent, _ = build(script, args)
+    _, agent = build(script, args)
     obs, reset = jnp.zeros((1, 1, OBS)), jnp.ones((1, 1), bool)
     params = quick_jit(agent.init)(jax.random.key(7), obs, reset, agent.initial_memory(1))["params"]
-    layer = float64(params["memory"]["GTrXLLayer_0"])
-    np.testing.assert_array_equal(layer["GRUGate_0"]["bias"], np.full(64, 2.0))
-    assert not np.any(params["memory"]["content_bias"]) and not np.any(params["memory"]["position_bias"])
-    for owner, name in (("GRUGate_0", "W"), ("GRUGate_1", "U_candidate"), ("attention", "key_value")):
-        kernel = layer[owner][name]["kernel"]  # (64, n), of variance 1 / 64
+    memory = float64(params["GTrXL_0"])
+    np.testing.assert_array_equal(memory["GRUGate_0"]["bias"], np.full(64, 2.0))
+    assert not np.any(memory["content_bias"]) and not np.any(memory["position_bias"])
+    kernels = [memory[f"GRUGate_{i}"][name] for i in (0, 1) for name in ("Wr", "Wz", "Wg", "Ur", "Uz", "Ug")]
+    for kernel in (*kernels, memory["GTrXLAttention_0"]["kv"]["kernel"]):  # (64, n), of variance 1 / 64
         assert abs(kernel.std() * 8 - 1) < 0.05 and abs(kernel.mean()) < 0.01
         assert np.abs(kernel[:, :64].T @ kernel[:, :64] - np.eye(64)).max() > 0.2, "not orthogonal"
+    assert all(np.abs(a - b).max() > 0.1 for i, a in enumerate(kernels) for b in kernels[:i]), "drawn on their own"

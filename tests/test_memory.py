@@ -1,4 +1,4 @@
-"""What the memory of every script's agent must do: hold across calls, and forget at a reset."""
+"""What the memory of every script's agent must do: last from call to call, and be cleared at a reset."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ class Case:
     def __init__(self, name: str):
         script = load(name)
         args = small_args(script)
-        env, agent, _ = build(script, args)
+        env, agent = build(script, args)
         earlier, self.obs = random_observations(env, 0, (2, T, B))
         self.other_obs = random_observations(env, 1, (T, B))
         blank = agent.initial_memory(B)
@@ -32,6 +32,12 @@ class Case:
 @pytest.fixture(scope="module", params=SCRIPTS)
 def case(request):
     return Case(request.param)
+
+
+def test_the_batch_is_the_first_axis_of_a_memory(case):
+    """Of every array in it: the first one and the one that is handed on."""
+    arrays = jax.tree.leaves((case.memory, case.end))
+    assert arrays and all(x.shape[0] == B for x in arrays)
 
 
 CHUNKS = {"single": (1,) * T, "20+30": (20, 30), "16+34": (16, 34), "37+13": (37, 13), "1+48+1": (1, 48, 1)}

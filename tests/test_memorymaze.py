@@ -14,7 +14,7 @@ from compare_memorymaze import check, record
 from gymnasium.utils.env_checker import check_env
 
 from envs import memorymaze
-from envs.memorymaze import ACTIONS, MAX_STEPS, CannotRun, Maker, MemoryMaze, Screen, episode_seed
+from envs.memorymaze import ACTIONS, MAX_STEPS, MazeFactory, MemoryMaze, MissingDependency, Renderer, episode_seed
 from envs.workers import Workers
 
 installed = importlib.util.find_spec("memory_maze") is not None
@@ -64,13 +64,13 @@ def fewer_substeps(monkeypatch):
 
 
 def wrong_geoms(monkeypatch):
-    make = Maker.make
+    build = MazeFactory.build
 
-    def make_wrongly(self, seed):
-        for made in make(self, seed):
-            yield made and dataclasses.replace(made, geoms=[geom - 1 for geom in made.geoms])
+    def build_wrongly(self, seed):
+        for episode in build(self, seed):
+            yield episode and dataclasses.replace(episode, geoms=[geom - 1 for geom in episode.geoms])
 
-    monkeypatch.setattr(Maker, "make", make_wrongly)
+    monkeypatch.setattr(MazeFactory, "build", build_wrongly)
 
 
 def wrong_target(monkeypatch):
@@ -79,9 +79,9 @@ def wrong_target(monkeypatch):
 
 
 def too_narrow(monkeypatch):
-    out = Screen._out_of_view
+    out = Renderer._out_of_view
     monkeypatch.setattr(
-        Screen, "_out_of_view", lambda self, camera: out(self, camera) | (np.arange(len(self.flat)) < 30)
+        Renderer, "_out_of_view", lambda self, camera: out(self, camera) | (np.arange(len(self.flat)) < 30)
     )
 
 
@@ -200,7 +200,9 @@ def test_arguments():
 def test_without_a_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "labmaze", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CannotRun, match=r"needs the package \w+: pip install -r requirements.txt, with Python 3.11 or"):
+    with pytest.raises(
+        MissingDependency, match=r"needs the package \w+: pip install -r requirements.txt, with Python 3.11 or"
+    ):
         MemoryMaze()
 
 
@@ -208,13 +210,15 @@ def test_without_a_package(monkeypatch):
 def test_without_opengl(monkeypatch):
     monkeypatch.delenv("MEMORY_MAZE_GL_WORKS", raising=False)
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
-    with pytest.raises(CannotRun, match="^MUJOCO_GL=nonsense does not start, .* libegl1 and libgl1, or libosmesa6"):
+    with pytest.raises(
+        MissingDependency, match="^MUJOCO_GL=nonsense does not start, .* libegl1 and libgl1, or libosmesa6"
+    ):
         MemoryMaze()
     tried = []
     failure = lambda command, env, **_: (tried.append(env["MUJOCO_GL"]), subprocess.CompletedProcess(command, 1))[1]
     monkeypatch.setattr(subprocess, "run", failure)
     monkeypatch.delenv("MUJOCO_GL")
-    with pytest.raises(CannotRun, match="^Neither EGL nor OSMesa starts, .* libegl1 and libgl1, or libosmesa6"):
+    with pytest.raises(MissingDependency, match="^Neither EGL nor OSMesa starts, .* libegl1 and libgl1, or libosmesa6"):
         MemoryMaze()
     assert tried == ["egl", "osmesa"]
 

@@ -1,13 +1,12 @@
 """The scripts whose environments are processes: what their host loop does, in tests and from the command line.
 
-What they share with the others to the letter (tests/test_sync.py) is tested there.
+What is the same text in the other scripts (tests/test_sync.py) is tested there.
 """
 
 import ast
 import dataclasses
 import functools
 import inspect
-import itertools
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import signal
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,69 +33,58 @@ from cli import (
     steps,
     wait_for_row,
 )
-from common import MEMORYMAZE, assert_close, assert_identical, float64, learn_in_turn, load, random_params, small_args
-from cue_maze import STEPS, InTurn, make_env
+from common import MEMORYMAZE, assert_close, assert_identical, float64, load, log_prob_of, random_params, small_args
+from cue_maze import STEPS, in_turn, make_env
 from PIL import Image
-from test_distributed import start_two
 
-from benchmarks.without_memory import forgetful
-
-FIRST = MEMORYMAZE[:1]  # for what is the same text in all of them
-SIZES = {"num_envs": 8, "num_steps": 18, "num_minibatches": 2, "total_timesteps": 10**4, "logit_noise": 0.7}
+FIRST = ["ppo_agalite_memorymaze"]  # for what is the same text in all of them
+SIZES = {"num_envs": 8, "num_steps": 18, "num_minibatches": 2, "total_timesteps": 10**4}
 
 
 @pytest.fixture(scope="module", params=MEMORYMAZE)
 def played(request):
-    yield from play(request.param)
+    return Played(load(request.param))
 
 
 @pytest.fixture(scope="module", params=FIRST)
 def played_once(request):
-    yield from play(request.param)
+    return Played(load(request.param))
 
 
 class Played:
-    """The second of two rollouts in a row, acted with random parameters in 8 cue tasks, and what led to it."""
+    """The second of two rollouts in a row, acted with random parameters in 8 cue tasks, and what led to it.
 
-    def __init__(self, script, crews):
+    Each two of the environments start with an episode of another length.
+    """
+
+    def __init__(self, script):
         self.script, self.args = script, small_args(script, **SIZES)
-        self.agent = script.ActorCritic(self.args, crews[0].single_action_space.n)
-        self.optimizer = script.make_optimizer(self.args)
-        space = crews[0].single_observation_space
-        key = jax.random.key(1)
-        self.learner = script.init_learner(self.args, self.agent, self.optimizer, space, key)
-        self.params = random_params(self.learner.params)
+        self.envs = in_turn([make_env(self.args, index) for index in range(8)])
+        self.agent = script.ActorCritic(self.args, self.envs.single_action_space.n)
+        self.train_state = script.init_learner(self.args, self.envs, self.agent, jax.random.key(1))
+        self.params = random_params(self.train_state.params)
         # Sums over residual blocks grow with each; twice as large they would close the gates behind.
         self.params["params"]["encoder"] = jax.tree.map(lambda x: x / 2, self.params["params"]["encoder"])
-        self.halves = [script.Half(self.agent, workers) for workers in crews]
-        for i, half in enumerate(self.halves):
-            half.begin(np.random.SeedSequence([7, i]), whole=False)
-        act = jax.jit(functools.partial(script.act, self.args, self.agent))
-        roll = functools.partial(script.host_rollout, self.args, act, self.params, self.halves)
-        self.first, _, self.first_ended = roll(jax.random.key(2))
-        self.memory = jax.tree.map(lambda *x: np.concatenate(x), *[half.memory for half in self.halves])
-        self.transitions, self.last_value, self.ended = roll(jax.random.key(3))
+        self.train_state = self.train_state.replace(params=self.params)
+        self.act = jax.jit(functools.partial(script.act, self.agent))
+        self.initial_memory = self.agent.initial_memory(8)
+        self.start = script.begin_episodes(self.args, self.envs, self.initial_memory, 0, 7)
+        roll = functools.partial(script.host_rollout, self.args, self.envs, self.policy())
+        self.middle, self.first, _, self.first_ended = roll(self.start, jax.random.key(2))
+        self.memory = self.middle[-1]
+        self.end, self.transitions, self.last_value, self.ended = roll(self.middle, jax.random.key(3))
         self.apply = jax.jit(self.agent.apply)
+
+    def policy(self, greedy: bool = False):
+        return functools.partial(self.act, self.params, greedy)
 
     def errors(self, reset=None, memory=None) -> tuple[float, float]:
         """-> largest deviation of a log-probability and of a value from those acted with."""
         taken = self.transitions
         reset, memory = taken.reset if reset is None else reset, self.memory if memory is None else memory
         logits, value, _ = self.apply(self.params, taken.obs, reset, memory)
-        log_prob = self.script.log_prob_of(logits + taken.noise, taken.action)
+        log_prob = log_prob_of(logits, taken.action)
         return float(np.abs(log_prob - taken.log_prob).max()), float(np.abs(value - taken.value).max())
-
-
-def play(name):
-    script = load(name)
-    # The last two environments begin with whole episodes, the others in mid-episode.
-    shares = [0.25, 0.5, 0.75, 1.0]
-    crews = [script.Workers([make_env(None, share) for share in shares]) for _ in range(2)]
-    try:
-        yield Played(script, crews)
-    finally:
-        for workers in crews:
-            workers.close()
 
 
 def test_ratio_is_one_before_the_first_gradient_step(played):
@@ -110,10 +99,8 @@ def test_ratio_is_one_before_the_first_gradient_step(played):
 FAULTS = {
     "a reset too late": lambda p: {"reset": np.roll(p.transitions.reset, 1, axis=0)},
     "no resets": lambda p: {"reset": np.zeros_like(p.transitions.reset)},
-    "no memory": lambda p: {"memory": p.agent.initial_memory(8)},
-    "memory of the rollout's end": lambda p: {
-        "memory": jax.tree.map(lambda *x: np.concatenate(x), *[half.memory for half in p.halves])
-    },
+    "no memory": lambda p: {"memory": p.initial_memory},
+    "memory of the rollout's end": lambda p: {"memory": p.end[-1]},
 }
 
 
@@ -124,7 +111,7 @@ def test_ratio_one_notices(played, fault):
 
 
 def test_rollout_records_what_happened(played_once):
-    """Observations, ends, rewards, noise and last values stand where they belong, the halves side by side."""
+    """Observations, ends, rewards and last values stand where they belong."""
     p = played_once
     both = jax.tree.map(lambda *x: np.concatenate(x), p.first, p.transitions)  # (2T, 8, ...), one after the other
     colour = both.obs[:, :, 0, 0] > 0  # (2T, 8, 3)
@@ -133,71 +120,121 @@ def test_rollout_records_what_happened(played_once):
     expected_reset = np.concatenate([np.ones((1, 8), bool), both.done[:-1]])
     assert (both.reset == expected_reset).all() and (both.reset == is_cue).all()
     first_end = [int(np.argmax(both.done[:, i])) for i in range(8)]
-    assert first_end == [0, 1, 2, 3] * 2, "the first episodes are cut short, each elsewhere"
+    assert first_end == [3, 3, 2, 2, 1, 1, 0, 0], "first episodes are shortened, each to another length"
     for i in range(8):
         assert np.flatnonzero(both.done[:, i]).tolist() == list(range(first_end[i], len(both.done), STEPS))
         begin = 0
         for end in np.flatnonzero(both.done[:, i]):
-            assert (both.noise[begin : end + 1, i] == both.noise[begin, i]).all(), "one noise an episode"
             rewards = both.reward[begin : end + 1, i]
-            right = white[end, i] and both.action[end, i] == cue[begin, i]
+            right = white[end, i] and both.action[end, i] % 2 == cue[begin, i]
             assert rewards[:-1].sum() == 0 and rewards[-1] == float(right)
             begin = end + 1
-    assert both.reward.any() and len(np.unique(both.noise[both.reset], axis=0)) == both.reset.sum()
-    assert both.reward.dtype == np.float32 and both.obs.dtype == np.uint8
+    assert both.reward.any() and both.reward.dtype == np.float32 and both.obs.dtype == np.uint8
 
-    whole = [(i, end) for i in range(8) for end in np.flatnonzero(both.done[:, i])[1:]]
+    counted = [(i, end) for i in range(8) for end in np.flatnonzero(both.done[:, i])[0 if i < 2 else 1 :]]
     ended = p.first_ended + p.ended
-    assert len(ended) == len(whole), "cut first episodes are not counted"
-    assert sum(x[1] for x in ended) == sum(both.reward[end, i] for i, end in whole)
-    assert {x[2] for x in ended} == {STEPS}
-    reset, obs = (np.concatenate([getattr(half, name) for half in p.halves]) for name in ("reset", "obs"))
-    memory = jax.tree.map(lambda *x: np.concatenate(x), *[half.memory for half in p.halves])
+    assert len(ended) == len(counted), "shortened episodes do not count"
+    assert sum(x[0] for x in ended) == sum(both.reward[end, i] for i, end in counted)
+    assert {x[1] for x in ended} == {STEPS}
+    obs, reset, memory = p.end
     np.testing.assert_allclose(p.last_value, p.apply(p.params, obs[None], reset[None], memory)[1][0], atol=1e-5)
 
 
 def test_what_is_learnt_from_a_rollout(played_once, monkeypatch):
-    """Learning gets the transitions, the start memory, advantages of gae_lambda, and for the value returns of
-    critic_lambda; keys and counter move on."""
-    script, seen = played_once.script, {}
-    args = dataclasses.replace(played_once.args, gae_lambda=0.7, critic_lambda=0.9)
+    """Learning gets the transitions, the memory at their start, advantages and value targets."""
+    script, args, seen = played_once.script, dataclasses.replace(played_once.args, gae_lambda=0.7), {}
 
-    def learn(args, agent, optimizer, learner, key, memory, batch):
+    def learn(args, train_state, key, memory, batch):
         seen.update(key=key, memory=memory, batch=batch)
-        return learner.params, learner.opt_state, {}
+        return train_state, {}
 
     monkeypatch.setattr(script, "learn", learn)
     taken, memory, last_value = played_once.transitions, played_once.memory, played_once.last_value
-    setting = (args, played_once.agent, played_once.optimizer, played_once.learner)
-    learner, metrics = script.learn_from(*setting, memory, taken, last_value)
+    _, metrics = script.learn_from(args, played_once.train_state, "the key", memory, taken, last_value)
     transitions, advantage, target = seen["batch"]
     assert_identical(transitions, taken)
     assert_identical(seen["memory"], memory)
-    gae = functools.partial(script.compute_gae, taken, last_value, args.gamma)
-    np.testing.assert_array_equal(advantage, gae(0.7))
-    np.testing.assert_array_equal(target, taken.value + gae(0.9))
+    assert seen["key"] == "the key"
+    np.testing.assert_array_equal(advantage, script.compute_gae(taken, last_value, args.gamma, 0.7))
+    np.testing.assert_array_equal(target, taken.value + advantage)
     explained = 1 - np.var(target - taken.value) / np.var(target)
     np.testing.assert_allclose(metrics["losses/explained_variance"], explained, rtol=1e-4)
-    assert learner.update == played_once.learner.update + 1
-    keys = [jax.random.key_data(k).tolist() for k in (learner.key, seen["key"], played_once.learner.key)]
-    assert len(set(map(tuple, keys))) == 3
+    assert metrics["charts/learning_rate"] == args.learning_rate
 
 
-def test_evaluation_counts_each_environments_share(played_once):
-    """As many episodes as asked for, each environment its share, whole ones, and the same again with the same seeds."""
-    p = played_once
-    args = dataclasses.replace(p.args, eval_episodes=19)
-    choose = jax.jit(functools.partial(p.script.choose, p.agent, False))
-    results = [p.script.host_evaluate(args, choose, p.params, p.halves, jax.random.key(i)) for i in (0, 0, 1)]
+def test_an_update_learns_from_its_rollout(played_once):
+    """The memory is that at the start of the rollout; no random key serves twice, in this update or the next."""
+    p, seen, keys = played_once, [], []
+
+    def act(params, greedy, key, *current):
+        keys.append(key)
+        return p.act(params, greedy, key, *current)
+
+    def learn(train_state, key, memory, transitions, last_value):
+        keys.append(key)
+        seen.append((memory, transitions))
+        return train_state.replace(step=train_state.step + 1), {}
+
+    current, train_state = p.middle, p.train_state
+    for number in range(2):
+        start = current
+        current, train_state, metrics, outcomes = p.script.host_update(p.args, p.envs, act, learn, start, train_state)
+        memory, transitions = seen[number]
+        assert_identical(memory, start[-1])
+        assert_identical(transitions.obs[0], start[0])
+        assert metrics["charts/episodes"] == transitions.done.sum()
+        np.testing.assert_allclose(
+            outcomes["charts/episodic_return"], transitions.reward.sum() / transitions.done.sum()
+        )
+        assert outcomes["charts/episodic_length"] == STEPS
+    words = [tuple(jax.random.key_data(key).tolist()) for key in keys]
+    last_value = p.args.num_steps  # its action is not used, so its key need not be another
+    assert len(words) == 2 * (last_value + 2) and len(set(words)) == len(words)
+
+
+def test_evaluation_plays_new_episodes(played_once):
+    """As many episodes as asked for, whole ones, and the same again with the same seed."""
+    p, results = played_once, []
+    for seed in (1, 1, 2):
+        args = dataclasses.replace(p.args, eval_episodes=19, seed=seed)
+        results.append(p.script.host_evaluate(args, p.envs, p.initial_memory, p.policy()))
     for result in results:
         assert result.shape == (19, 2) and (result[:, 1] == STEPS).all()
     assert (results[0] == results[1]).all() and (results[0] != results[2]).any()
 
 
-@pytest.mark.parametrize("name, count", list(zip(MEMORYMAZE, (2_988_455, 2_461_319, 2_304_967), strict=True)))
+def test_greedy_is_the_most_probable_action(played_once):
+    """`act` with greedy; and the log-probability is that of the action, either way."""
+    p = played_once
+    logits, value, _ = p.apply(p.params, p.middle[0][None], p.middle[1][None], p.memory)
+    for greedy in (False, True):
+        action, log_prob, values, _ = p.act(p.params, greedy, jax.random.key(5), *p.middle)
+        assert (action == logits[0].argmax(-1)).all() == greedy
+        np.testing.assert_allclose(log_prob, log_prob_of(logits[0], action), atol=1e-5)
+        np.testing.assert_allclose(values, value[0], atol=1e-5)
+
+
+def test_each_purpose_has_its_own_mazes(played_once):
+    """Seeds of environments: other ones for each run, update and evaluation, and no two equal."""
+    seeds, p = [], played_once
+
+    class Envs:
+        def reset(self, seed):
+            seeds.extend(seed)
+            return None, {}
+
+    for run_seed in (1, 2):
+        for purpose in ((0, 0), (0, 20), (1,)):
+            p.script.begin_episodes(dataclasses.replace(p.args, seed=run_seed), Envs(), None, *purpose)
+    assert len(seeds) == len(set(seeds)) == 6 * 8
+
+
+@pytest.mark.parametrize(
+    "name, count", list(zip(("agalite", "gtrxl", "lstm"), (2_461_319, 2_304_967, 2_988_455), strict=True))
+)
 def test_parameters_at_full_size(name, count):
     """The published sizes behind the encoder of IMPALA, which has 622,144 parameters for 64 x 64 pixels."""
-    script = load(name)
+    script = load(f"ppo_{name}_memorymaze")
     agent = script.ActorCritic(script.Args(), 6)
     obs = jnp.zeros((1, 1, 64, 64, 3), jnp.uint8)
     shapes = jax.eval_shape(agent.init, jax.random.key(0), obs, jnp.ones((1, 1), bool), agent.initial_memory(1))
@@ -207,7 +244,7 @@ def test_parameters_at_full_size(name, count):
 
 
 @pytest.mark.parametrize("name", MEMORYMAZE)
-def test_parameters_at_first(name):
+def test_initial_parameters(name):
     """Kernels of the encoder have variance 1 / inputs, which keeps its features small enough for an LSTM's gates; both
     heads end with gain 0.01: all actions alike, values near 0. Biases are 0."""
     script, rng = load(name), np.random.default_rng(0)
@@ -222,10 +259,10 @@ def test_parameters_at_first(name):
             np.testing.assert_allclose(np.sqrt(len(x) * np.square(x).mean()), 1, atol=0.15)
     features = script.ImpalaEncoder().apply({"params": variables["params"]["encoder"]}, obs)
     assert 0.05 < np.sqrt(np.square(features).mean()) < 1.5
-    for head in ("actor", "critic"):
-        last = params[head]["Dense_1"]
-        np.testing.assert_allclose(np.linalg.svd(last["kernel"], compute_uv=False), 0.01, rtol=1e-4)
-        assert not last["bias"].any()
+    for last, outputs in (("Dense_2", 6), ("Dense_3", 1)):
+        assert params[last]["kernel"].shape == (256, outputs)
+        np.testing.assert_allclose(np.linalg.svd(params[last]["kernel"], compute_uv=False), 0.01, rtol=1e-4)
+        assert not params[last]["bias"].any()
     logits, value, _ = agent.apply(variables, obs, reset, agent.initial_memory(4))
     assert np.abs(jax.nn.softmax(logits) - 1 / 6).max() < 0.01 and np.abs(value).max() < 0.02
 
@@ -233,8 +270,6 @@ def test_parameters_at_first(name):
 @pytest.mark.parametrize("name", FIRST)
 def test_encoder_is_made_of_convolutions(name):
     """Its convolution and its pooling are what Flax calls SAME, values and gradients."""
-    import flax.linen as nn
-
     script, rng = load(name), np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 3, 8, 12, 5)), jnp.float32)
     ours, theirs = script.Conv3x3(7), nn.Conv(7, (3, 3))
@@ -263,66 +298,17 @@ def test_every_flag_is_read(name):
     assert {field.name for field in dataclasses.fields(script.Args)} <= names
 
 
-# A cue in pictures of 8 x 8.
-CUE = {
-    "d_actor": 32, "d_critic": 32, "num_envs": 32, "num_steps": 16, "num_minibatches": 4, "update_epochs": 6,
-    "norm_adv": False, "anneal_lr": True, "max_grad_norm": 0.3, "total_timesteps": 49_152,
-}  # fmt: skip
-LAYERS = {"num_layers": 1, "d_model": 64, "d_head": 32, "num_heads": 2, "learning_rate": 4e-4, "ent_coef": 0.02}
-CHRONO = {"gate_init": "chrono", "chrono_t_max": 10.0}
-SMALL = {
-    "ppo_lstm_memorymaze": CHRONO | {"hidden_size": 32, "learning_rate": 1e-3, "ent_coef": 0.05},
-    "ppo_agalite_memorymaze": CHRONO | LAYERS | {"d_ffc": 32, "eta": 2},
-    "ppo_gtrxl_memorymaze": LAYERS | {"memory_len": 16},
-}
-# Evaluations within the budget of --total-timesteps, and before the last of those without memory.
-CHECKS, LEAST = 12, 4
+@pytest.mark.parametrize("name", MEMORYMAZE)
+def test_learning_rate(name):
+    """Constant; or linear from update to update, and 1 / num_updates of it in the last."""
+    args = small_args(load(name), **SIZES | {"total_timesteps": 5 * 8 * 18}, update_epochs=3)
+    assert args.learning_rate_at(17) == args.learning_rate and args.num_updates == 5
+    args = dataclasses.replace(args, anneal_lr=True)
+    rates = [float(args.learning_rate_at(jnp.int32(step))) for step in range(5 * 6)]
+    np.testing.assert_allclose(rates, np.repeat(args.learning_rate * np.array([1, 0.8, 0.6, 0.4, 0.2]), 6), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name, enough", list(zip(MEMORYMAZE, (3, 1, 1), strict=True)))
-def test_learns_with_memory_and_only_with_it(name, enough):
-    """On so many seeds success comes to 0.9 in 200 episodes within the budget (`learn_in_turn` says what may fail).
-    Without memory the same script is at 0.65 or below, chance being 0.5, after the time of the slowest. What sets
-    AGaLiTe and GTrXL apart here learns on three seeds in tests/test_learning.py."""
-    script, half = load(name), CUE["num_envs"] // 2
-    args = script.Args(**CUE | SMALL[name], eval_episodes=200)
-    # Two halves to train in, and two to evaluate in meanwhile.
-    optimizer, crews = script.make_optimizer(args), [InTurn([make_env(args)] * half) for _ in range(4)]
-    space, actions = crews[0].single_observation_space, crews[0].single_action_space.n
-    shardings = script.batch_shardings(args)
-
-    def learner_of(agent):
-        """-> a function that trains with a seed and yields success in 200 episodes, CHECKS times."""
-        act = jax.jit(functools.partial(script.act, args, agent))
-        choose = jax.jit(functools.partial(script.choose, agent, False))
-        first, learn = (
-            jax.jit(functools.partial(*parts), out_shardings=shardings[-1])
-            for parts in (
-                (script.init_learner, args, agent, optimizer, space),
-                (script.learn_from, args, agent, optimizer),
-            )
-        )
-        halves = [script.Half(agent, crew) for crew in crews]
-
-        def train(seed):
-            runner = script.HostRunner(first(jax.random.key(seed)))
-            for each, seeds_of_half in zip(halves[:2], np.random.SeedSequence(seed).spawn(2), strict=True):
-                each.begin(seeds_of_half, whole=True)
-            for done in range(1, args.num_updates + 1):
-                runner, _ = script.host_update(args, act, learn, shardings, halves[:2], None, runner)
-                if done % (args.num_updates // CHECKS) == 0:
-                    assert act._cache_size() == 1, "compiled once"
-                    params = script.local(runner.learner.params)
-                    result = script.host_evaluate(args, choose, params, halves[2:], jax.random.key(seed))
-                    assert choose._cache_size() == 1, "compiled once"
-                    yield result[:, 0].mean()
-
-        return train
-
-    checks = learn_in_turn(learner_of(script.ActorCritic(args, actions)), enough)
-    without = learner_of(forgetful(script.ActorCritic)(args, actions))
-    # 0.65 leaves room for chance: 200 fair coins exceed it once in 100,000 times.
-    assert list(itertools.islice(without(1), max(checks, LEAST)))[-1] <= 0.65
+# LEARNING TEST HERE
 
 
 # --------------------------------------------------------------------------------------------------- The command line
@@ -352,9 +338,9 @@ def status(pid: int) -> bytes:
         return b"Z"
 
 
-def begun(script, cwd, row=3, **options):
+def begun(script, cwd, *flags, row=3, **options):
     """A run in the middle, and its workers."""
-    process = start(script, "--total-timesteps", 5000 * BATCH, cwd=cwd, **options)
+    process = start(script, "--total-timesteps", 5000 * BATCH, *flags, cwd=cwd, **options)
     wait_for_row(process, cwd, row)
     pids = workers_of(process)
     assert len(pids) == 4
@@ -363,7 +349,7 @@ def begun(script, cwd, row=3, **options):
 
 @pytest.mark.parametrize("script", MEMORYMAZE)
 def test_run_leaves_what_it_promises(script, tmp_path):
-    """A run leaves arguments, metrics, checkpoints, curve, video and evaluation; the terminal tells how it went."""
+    """A run leaves metrics, checkpoints, curve, video and evaluation; the terminal shows how it went."""
     out, err = run(script, "--total-timesteps", "400", "--capture-video", "--track", cwd=tmp_path)
     folder = folder_of(tmp_path)
     table = rows(folder)
@@ -372,26 +358,28 @@ def test_run_leaves_what_it_promises(script, tmp_path):
     assert all(float(row["charts/episodes"]) > 0 and 0 <= float(row["charts/episodic_return"]) <= 1 for row in table)
     assert all(np.isfinite(float(row[name])) for row in table for name in row if name.startswith("losses/"))
     assert steps(folder)[-1] == 400 // BATCH
-    with Image.open(folder / "learning_curve.png") as picture:
-        assert min(picture.size) > 100
-    with Image.open(folder / "videos" / "episode.gif") as video:
+    with Image.open(folder / "learning_curve.png") as image:
+        assert min(image.size) > 100
+    with Image.open(folder / "episode.gif") as video:
         assert video.n_frames == STEPS
     evaluation = json.loads((folder / "evaluation.json").read_text())
     assert {kind: x["episodic_length"] for kind, x in evaluation.items()} == {"sampled": [STEPS], "greedy": [STEPS]}
     assert list((folder / "wandb").rglob("*.wandb"))
-    saved = checkpoint(folder)["runner"]
-    assert set(saved) == {"params", "opt_state", "key", "update"}
+    saved = checkpoint(folder)
+    assert set(saved) == {"params", "opt_state", "step"}
+    lines = out.splitlines()
+    assert lines[0] == f"Run folder: {folder}" and lines[-1] == f"Results: {folder}"
     assert f"{sum(x.size for x in jax.tree.leaves(saved['params'])):,} parameters" in out
-    assert "step/s" in err and "return=" in err and str(folder) in out.splitlines()[-1]
-    assert "evaluation with sampled actions, 20 episodes: return " in out
+    assert "step/s" in err and "episodic_return=" in err
+    assert "Evaluation, sampled actions, 20 episodes: episodic_return " in out
     assert "Traceback" not in err and "Warning" not in err
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "nothing outside runs/"
 
 
 @pytest.mark.parametrize("script", FIRST)
 def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
-    """Parameters, optimiser, counter and key are those of the checkpoint: two copies of a killed run, resumed each on
-    its own, come to the same bits, a little way from those saved."""
+    """Parameters and optimizer are those of the checkpoint: two copies of a killed run, resumed separately, end with
+    the same bits, a little way from those saved."""
     process, pids = begun(script, tmp_path, row=25)
     process.kill()
     finish(process, expect=-signal.SIGKILL)
@@ -406,7 +394,7 @@ def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
         run(script, "--resume", each, cwd=tmp_path, small=False)
     assert_identical(checkpoint(folder), checkpoint(copy))
     assert lasting(folder) == lasting(copy) and [int(row["update"]) for row in rows(folder)] == list(range(1, 23))
-    params = [checkpoint(folder, number)["runner"]["params"] for number in (20, 22)]
+    params = [checkpoint(folder, number)["params"] for number in (20, 22)]
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.05, "two updates away from those saved"
 
@@ -418,15 +406,15 @@ def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_killed_worker_is_named(script, tmp_path):
-    """kill -9 of a worker ends the run with its name, a checkpoint and a way on; nobody is left behind."""
-    process, pids = begun(script, tmp_path)
+    """kill -9 of a worker ends the run with one sentence that names it and the way on, which works."""
+    process, pids = begun(script, tmp_path, "--checkpoint-interval", 2)
     os.kill(pids[1], signal.SIGKILL)
     _, err = finish(process, expect=1)
     folder = folder_of(tmp_path)
-    said = err.strip().splitlines()[-1]
-    assert f"process {pids[1]}" in said and "SIGKILL" in said and f"--resume {folder}" in said
+    sentence = err.strip().splitlines()[-1]
+    assert f"process {pids[1]}) was killed by SIGKILL" in sentence and f'--resume "{folder}"' in sentence
     assert "Traceback" not in err
-    assert steps(folder)[-1] == len(rows(folder)) and f"update {len(rows(folder))};" in said
+    assert steps(folder)[-1] == len(rows(folder)) // 2 * 2
     assert_gone(pids)
 
 
@@ -446,21 +434,7 @@ def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, err = finish(process, expect=128 + signal.SIGINT)
     folder = folder_of(tmp_path)
-    assert steps(folder)[-1] == len(rows(folder)) and f"--resume {folder}" in out and "Traceback" not in err
-    assert_gone(pids)
-
-
-@pytest.mark.parametrize("script", FIRST)
-def test_ctrl_c_ends_an_evaluation(script, tmp_path):
-    """Ctrl-C after training, between the two evaluations, ends at once, in order, and says how to evaluate again."""
-    env = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
-    flags = "--total-timesteps", BATCH, "--eval-episodes", 4000
-    process = start(script, *flags, cwd=tmp_path, env=env, start_new_session=True)
-    assert "parameters" in process.stdout.readline() and "sampled" in process.stdout.readline()
-    pids = workers_of(process)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = finish(process, expect=128 + signal.SIGINT)
-    assert f"--evaluate {folder_of(tmp_path)}" in out and "Traceback" not in err and "leaked" not in err
+    assert steps(folder)[-1] == len(rows(folder)) and f'--resume "{folder}"' in out and "Traceback" not in err
     assert_gone(pids)
 
 
@@ -472,46 +446,19 @@ def test_devices_share_the_learning(script, tmp_path):
     folders = []
     for name, options in (("one", {}), ("four", {"env": ENVIRONMENT | {"XLA_FLAGS": many}})):
         (tmp_path / name).mkdir()
-        out, _ = run(script, *flags, cwd=tmp_path / name, **options)
-        assert "using" not in out, "all of them are used"
+        run(script, *flags, cwd=tmp_path / name, **options)
         folders.append(folder_of(tmp_path / name))
-    assert_close(*(checkpoint(folder)["runner"] for folder in folders), atol=1e-4)
-
-
-@pytest.mark.parametrize("script", FIRST)
-def test_two_processes_train_together(script, tmp_path):
-    """Each of two processes drives half of the environments; one program learns from both, and both end in peace."""
-    for process in start_two(script, "--total-timesteps", 4 * BATCH, cwd=tmp_path):
-        finish(process)
-    folder = folder_of(tmp_path)
-    assert steps(folder)[-1] == 4 and len(rows(folder)) == 4
-    # 4 environments x 64 steps; the first episodes, cut after 2 or 4 steps, are not counted
-    assert sum(float(row["charts/episodes"]) for row in rows(folder)) == 4 * 4 * 16 / STEPS - 4
-
-
-@pytest.mark.parametrize("script", FIRST)
-def test_two_processes_learn_as_one(script, tmp_path):
-    """From the same rollouts, each with half of the environments, two processes come to the parameters of one."""
-    flags = "--total-timesteps", 3 * BATCH, "--no-norm-adv", "--adam-eps", "1e-5", "--made-up-rollouts"
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir(), two.mkdir()
-    run(script, *flags, cwd=one)
-    for process in start_two(script, *flags, cwd=two):
-        finish(process)
-    results = [checkpoint(folder_of(folder))["runner"] for folder in (one, two)]
-    assert_close(*results, atol=1e-4)
-    moments = jax.tree.leaves(results[0]["opt_state"])
-    assert max(np.abs(x).max() for x in moments if x.dtype == np.float32) > 0.01, "with gradients to compare"
+    assert_close(*map(checkpoint, folders), atol=1e-4)
 
 
 REFUSED = [
-    ("--num-envs 7", "--num-envs 7", "must be even"),
+    ("--num-envs 0", "--num-envs 0", "must be at least 1"),
     ("--num-envs 8 --num-minibatches 3", "--num-envs 8", "not divisible by --num-minibatches 3"),
     ("--env-id MemoryMaze-8x8-v0", "--env-id MemoryMaze-8x8-v0", "MemoryMaze-9x9-v0"),
-    ("--total-timesteps 10", "--total-timesteps 10", "less than one update"),
-    ("--seed -1", "--seed -1", "at least 0"),
-    ("--learning-rate nan", "--learning-rate nan", "finite"),
-    ("--resume a --evaluate b", "a", "is not the folder of a run"),
+    ("--total-timesteps 10", "--total-timesteps 10", "must be at least 4096"),  # less than one update
+    ("--seed -1", "--seed -1", "must be at least 0"),
+    ("--learning-rate nan", "--learning-rate nan", "must be at least 0"),
+    ("--resume a", "a", "is not the folder of a run"),
     ("--num-seeds 2", "--num-seeds", ""),
 ]
 
@@ -523,5 +470,5 @@ def test_impossible_arguments_are_refused(script, flags, value, rule, capsys):
     with pytest.raises(SystemExit) as refused:
         load(script).parse_args(flags.split())
     assert refused.value.code != 0
-    said = " ".join((str(refused.value) + capsys.readouterr().err).replace("│", " ").split())
-    assert value in said and rule in said
+    sentence = " ".join((str(refused.value) + capsys.readouterr().err).replace("│", " ").split())
+    assert value in sentence and rule in sentence

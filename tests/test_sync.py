@@ -21,15 +21,10 @@ UP, DOWN = range(2)
 
 @dataclass
 class Args:
-    steps: int = {default}
-    """how many — with a dash
-
-    published: {default}
-    """
-    rate: float = 0.1
-    """how fast"""
-    only_here_{title}: str = ""
-    """of one script"""
+    steps: int = {default}  # how many — with a dash (published: {default})
+    rate: float = 0.1  # how fast
+    only_here_{title}: str = "# no comment"  # of one script
+    doubled = property(lambda self: 2 * self.steps)
 
 
 # Comment right above.
@@ -65,8 +60,8 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def scripts(tmp_path):
-    """Two scripts that keep the rule, with all that may differ different."""
-    first, second = tmp_path / "ppo_first.py", tmp_path / "ppo_second.py"
+    """Two of the project's scripts that keep the rule, with all that may differ different."""
+    first, second = (tmp_path / name for name in sync.PROJECT[:2])
     first.write_text(SCRIPT.format(imports="", title="first", default=1))
     second.write_text(SCRIPT.format(imports="import sys\n", title="second", default=2))
     return first, second
@@ -74,14 +69,14 @@ def scripts(tmp_path):
 
 def test_the_scripts_agree():
     """The rule itself."""
-    paths = list(ROOT.glob("ppo_*.py"))
-    assert paths
+    paths = sync.own_scripts(ROOT)
+    assert [path.name for path in paths] == list(sync.PROJECT)
     assert sync.differences(paths) == []
 
 
 def test_every_block_of_a_script_is_compared():
     """All that a script defines at its top level is seen, and every line of code belongs to a block that is."""
-    for path in ROOT.glob("ppo_*.py"):
+    for path in sync.own_scripts(ROOT):
         script = sync.Script(path)
         others = [node for node in script.tree.body if not sync.names_of(node)]
         others = [node for node in others if not isinstance(node, ast.Import | ast.ImportFrom)]
@@ -97,7 +92,7 @@ def test_equal_scripts_pass(scripts, capsys):
     """What may differ does, and nothing is found; repairing changes nothing."""
     before = [path.read_text() for path in scripts]
     assert sync.differences(scripts) == []
-    assert sync.main(scripts[0].parent, ["--from", "ppo_first.py"]) == 0
+    assert sync.main(scripts[0].parent, ["--from", scripts[0].name]) == 0
     assert [path.read_text() for path in scripts] == before
     assert "2 scripts" in capsys.readouterr().out
 
@@ -118,8 +113,9 @@ CHANGES = {
     "one of two names": ("UP, DOWN = range(2)", "UP, DOWN = 0, 1", "DOWN"),
     "coroutine": ("    pass\n", "    await wait()\n", "wait"),
     "type of a field": ("rate: float", "rate: float | None", "Args.rate"),
-    "first docstring line of a field": ("how many — with", "how much — with", "Args.steps"),
-    "docstring of a field": ('"""how fast"""', '"""how quick"""', "Args.rate"),
+    "comment of a field before its bracket": ("how many — with", "how much — with", "Args.steps"),
+    "comment of a field": ("# how fast", "# how quick", "Args.rate"),
+    "type and comment of a field": ("rate: float = 0.1  # how fast", "rate: int = 0.1  # how often", "Args.rate"),
 }
 
 
@@ -133,7 +129,7 @@ def test_a_difference_is_found_and_repaired(scripts, change, capsys):
     second.write_text(original.replace(old, new))
     changed = second.read_text()
     found = sync.differences(scripts)
-    assert any(line.startswith(f"{name} differs between ppo_first.py") and "ppo_second.py" in line for line in found)
+    assert any(line.startswith(f"{name} differs between {first.name}") and second.name in line for line in found)
     assert sync.main(first.parent, []) == 1
     assert second.read_text() == changed, "without --from nothing is written"
     assert name in capsys.readouterr().out
@@ -143,20 +139,39 @@ def test_a_difference_is_found_and_repaired(scripts, change, capsys):
 
     second.write_text(changed)  # and the other way round
     kept = first.read_text()
-    assert sync.main(first.parent, ["--from", "ppo_second.py"]) == 0
+    assert sync.main(first.parent, ["--from", second.name]) == 0
     assert second.read_text() == changed
     assert first.read_text() == kept.replace(old, new)
 
 
-def test_fields_without_docstring_are_refused(scripts):
-    """Each field of Args has a docstring to compare."""
-    scripts[0].write_text(scripts[0].read_text().replace('    """how fast"""\n', ""))
-    with pytest.raises(SystemExit, match="Args.rate has no docstring"):
-        sync.differences(scripts)
+def test_fields_without_comment_are_refused(scripts):
+    """Each field of Args has a comment to compare; what looks like one inside a string is none."""
+    original = scripts[0].read_text()
+    for comment, name in (("  # how fast", "rate"), ("  # of one script", "only_here_first")):
+        assert original.count(comment) == 1
+        scripts[0].write_text(original.replace(comment, ""))
+        with pytest.raises(SystemExit, match=f"Args.{name} has no comment"):
+            sync.differences(scripts)
+
+
+def test_a_script_that_a_user_added_is_left_alone(scripts, capsys):
+    """A copy under a name of its own may differ freely: it is not compared, not written, and no source of repairs."""
+    first, second = scripts
+    mine = first.with_name("ppo_mine_tmaze.py")
+    mine.write_text(first.read_text().replace("return x + 1", "return x + 3").replace("  # how fast", ""))
+    before = mine.read_bytes()
+    assert sync.main(first.parent, []) == 0
+    second.write_text(second.read_text().replace("return x + 1", "return x + 2"))
+    assert sync.main(first.parent, ["--from", first.name]) == 0
+    assert mine.read_bytes() == before and "return x + 1" in second.read_text()
+    with pytest.raises(SystemExit):
+        sync.main(first.parent, ["--from", mine.name])
+    assert "not one of the project's scripts" in capsys.readouterr().err
+    assert "return x + 1" in second.read_text()
 
 
 def test_an_unknown_source_is_refused(scripts, capsys):
     """--from names a script that is there."""
     with pytest.raises(SystemExit):
         sync.main(scripts[0].parent, ["--from", "ppo_third.py"])
-    assert "no such script" in capsys.readouterr().err
+    assert "not one of the project's scripts" in capsys.readouterr().err

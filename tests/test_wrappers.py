@@ -9,11 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import quick_jit
+from PIL import Image
 from tmaze_reference import RIGHT, Reference
 
 from envs.mysterypath import MysteryPath
 from envs.tmaze import EnvParams, TMaze
-from envs.wrappers import AutoReset, EpisodeStatistics, OptimisticReset, PooledReset, VectorEnv
+from envs.wrappers import (
+    AutoReset,
+    EpisodeNoise,
+    EpisodeStatistics,
+    OptimisticReset,
+    PooledReset,
+    TimeAwareObservation,
+    VectorEnv,
+    record_video,
+)
 
 
 class ToyState(NamedTuple):
@@ -195,6 +205,128 @@ def test_without_a_pool_there_is_nothing_to_refresh(env):
     assert env.refresh(jax.random.key(9), state, None) is state
 
 
+def test_episode_statistics_name_their_outcomes():
+    """Return and length are metrics too, beside those of the environment."""
+    outcomes = VectorEnv(AutoReset(EpisodeStatistics(TMaze())), 2).outcomes
+    names = {"charts/episodic_return": "episodic_return", "charts/episodic_length": "episodic_length"}
+    assert outcomes == names | {"charts/success_rate": "success"}
+
+
+# EpisodeNoise.
+
+
+def noisy(scale: float):
+    return VectorEnv(AutoReset(EpisodeNoise(EpisodeStatistics(TMaze()), 4, scale)), 32)
+
+
+def noise_of(scale: float, seed: int):
+    """A rollout with random actions -> noise (201, 32, 4), the rest of the observation, whether an episode begins."""
+    actions = np.random.default_rng(0).choice(4, (200, 32))
+    out = rollout(noisy(scale), EnvParams(2, 7), jax.random.key(seed), actions)
+    first_obs, obs, _, _, done, _ = jax.tree.map(np.asarray, out)
+    obs = np.concatenate([first_obs[None], obs])
+    return obs[..., :4], obs[..., 4:], np.concatenate([np.ones((1, 32), bool), done])
+
+
+def test_noise_lasts_an_episode():
+    """It is the same in all steps of an episode, and no other episode, environment or seed has it."""
+    noise, obs, begins = noise_of(0.7, seed=21)
+    assert noise.shape == (201, 32, 4) and noise.dtype == np.float32
+    np.testing.assert_array_equal((noise[1:] != noise[:-1]).any(-1), begins[1:])
+    other, _, other_begins = noise_of(0.7, seed=22)
+    drawn = np.concatenate([noise[begins], other[other_begins]])
+    assert len(np.unique(drawn, axis=0)) == len(drawn) > 2000
+
+
+def test_noise_is_normal_and_independent():
+    """Mean 0 and standard deviation `scale`; the four numbers, episodes in a row, neighbours and cues tell nothing of
+    each other."""
+    noise, obs, begins = noise_of(0.7, seed=23)
+    drawn, cue = noise[begins] / 0.7, 2 * obs[begins][:, 0] - 1
+    for product in (drawn, drawn**2 - 1, drawn[:, :3] * drawn[:, 1:], drawn * cue[:, None]):
+        assert abs(product.mean()) < 5 / np.sqrt(product.size) * max(product.std(), 1)
+    in_order = np.stack([noise[:, b][begins[:, b]][:12] / 0.7 for b in range(32)])  # (32, 12, 4)
+    for product in (in_order[:, 1:] * in_order[:, :-1], in_order[1:] * in_order[:-1]):
+        assert abs(product.mean()) < 5 / np.sqrt(product.size)
+    assert not noise_of(0.0, seed=23)[0].any()
+
+
+def test_noise_leaves_the_rest_alone():
+    """The environment inside gets and gives what it would without noise; its space knows of the noise."""
+    env, plain, params = noisy(0.7), EpisodeStatistics(TMaze()), EnvParams(3, 9)
+    key, reset_key, step_key = jax.random.split(jax.random.key(24), 3)
+    obs, state = env.env.env.reset(reset_key, params)
+    expected_obs, expected_state = plain.reset(jax.random.split(reset_key)[1], params)
+    assert_trees_equal((obs[4:], state.env_state), (expected_obs, expected_state))
+    obs, state, *rest = env.env.env.step(step_key, state, jnp.int32(3), params)
+    expected_obs, expected_state, *expected_rest = plain.step(step_key, expected_state, jnp.int32(3), params)
+    assert_trees_equal((obs[4:], state.env_state, rest), (expected_obs, expected_state, expected_rest))
+    space = env.observation_space(params)
+    assert space.shape == (20,) and space.contains(np.asarray(obs)) and not space.contains(np.full(20, 1e3, np.float32))
+
+
+# TimeAwareObservation.
+
+
+def test_steps_left():
+    """The first number counts down from the limit; at 0 the episode has ended, and a new one has all its steps left."""
+    inner, params = EpisodeStatistics(TMaze()), EnvParams(3, 9)
+    env = VectorEnv(AutoReset(TimeAwareObservation(inner)), 16)
+    actions = np.random.default_rng(0).choice(4, (60, 16), p=[0.05, 0.05, 0.2, 0.7])
+    first_obs, obs, state, reward, done, info = rollout(env, params, jax.random.key(27), actions)
+    plain = rollout(VectorEnv(AutoReset(inner), 16), params, jax.random.key(27), actions)
+    assert_trees_equal((first_obs[..., 1:], obs[..., 1:], state, reward, done, info), plain)
+    left = np.concatenate([first_obs[None], obs])[..., 0]
+    assert (left[0] == 9).all() and set(left[1:][done]) == {9.0} and left.min() == 1
+    np.testing.assert_array_equal((left[:-1] - left[1:])[~done], 1)
+    np.testing.assert_array_equal(left[:-1][info["truncated"]], 1)
+    space = env.observation_space(params)
+    assert space.shape == (17,) and space.contains(np.asarray(obs[0, 0])) and space.high[0] == 9
+
+
+# What is drawn.
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda env, n: VectorEnv(AutoReset(EpisodeStatistics(env)), n),
+    lambda env, n: VectorEnv(AutoReset(EpisodeNoise(TimeAwareObservation(EpisodeStatistics(env)), 4, 0.7)), n),
+    lambda env, n: OptimisticReset(EpisodeStatistics(env), n, n),
+    lambda env, n: PooledReset(EpisodeStatistics(env), n, 2),
+])  # fmt: skip
+def test_a_stack_draws_its_first_environment(wrap):
+    inner = TMaze(5)
+    inner.observe = lambda state, params: jnp.zeros(16)  # PooledReset asks for it; what it is does not matter here
+    env = wrap(inner, 3)
+    params = env.default_params
+    _, state = env.reset(jax.random.key(25), params)
+    _, state, *_ = env.step(jax.random.key(26), state, jnp.array([3, 0, 0]), params)
+    probabilities = np.array([0.1, 0.2, 0.3, 0.4])
+    image = env.render(state, params, 3, probabilities, -0.1)
+    first = jax.tree.map(lambda x: x[0], state)
+    while not hasattr(first, "cue"):
+        first = first.env_state
+    np.testing.assert_array_equal(image, inner.render(first, params, 3, probabilities, -0.1))
+    assert first.position == 1
+
+
+def test_a_video_is_one_episode(tmp_path):
+    """As many images as steps, the memory handed on, and a reset said just at the beginning."""
+    env = VectorEnv(AutoReset(EpisodeStatistics(TMaze(2, max_episode_steps=7))), 1)
+    seen = []
+
+    def policy(obs, reset, memory):
+        assert obs.shape == (1, 1, 16) and reset.shape == (1, 1)
+        jax.debug.callback(lambda *x: seen.append(tuple(map(int, x))), reset[0, 0], memory, ordered=True)
+        return 1e3 * (jnp.arange(4) == RIGHT)[None, None], jnp.zeros((1, 1)), memory + 1
+
+    path = tmp_path / "folder" / "episode.gif"
+    record_video(env, policy, jnp.int32(0), 1, path)
+    jax.effects_barrier()
+    assert seen == [(t == 0, t) for t in range(7)], "it walks to the junction, and then into the wall until the limit"
+    with Image.open(path) as video:
+        assert video.n_frames <= 7 and min(video.size) > 100  # equal images are one that lasts longer
+
+
 # PooledReset.
 
 
@@ -302,14 +434,15 @@ def test_mystery_path_in_a_pool():
 # OptimisticReset.
 
 
-@pytest.mark.parametrize("num_envs, reset_ratio", [(12, 1), (12, 3), (12, 12), (1, 1)])
+@pytest.mark.parametrize("num_envs, reset_ratio", [(12, 1), (12, 3), (12, 12), (1, 1), (24, 3), (18, 3)])
 def test_optimistic_reset(num_envs, reset_ratio):
-    """Each environment that ends gets a fresh start, and one of its own as long as there are enough."""
+    """Each environment that ends gets a fresh start, and one of its own as long as its group has enough."""
     env = OptimisticReset(EpisodeStatistics(Toy()), num_envs, reset_ratio)
     assert (env.num_envs, env.num_fresh) == (num_envs, num_envs // reset_ratio)
     out = rollout(env, None, jax.random.key(8), np.tile(np.arange(num_envs), (100, 1)))
     first_obs, obs, state, reward, done, info = jax.tree.map(np.asarray, out)
     assert len(set(first_obs["tag"])) == num_envs
+    fresh = 4 if env.num_fresh % 4 == 0 else 2 if env.num_fresh % 2 == 0 else 1  # first states of a group
     tag, time, surplus, drawn = first_obs["tag"], first_obs["time"], set(), list(first_obs["tag"])
     for t in range(100):
         # The step is that of the episode that was running,
@@ -324,12 +457,14 @@ def test_optimistic_reset(num_envs, reset_ratio):
         tag = obs["tag"][t]
         for found, expected in ((obs["time"], time), (state.env_state.tag, tag), (state.episodic_length, time)):
             np.testing.assert_array_equal(found[t], expected)
-        new, shared_by = np.unique(tag[done[t]], return_counts=True)
-        assert len(new) == min(done[t].sum(), env.num_fresh)
-        if len(new):
-            assert shared_by.max() == -(-done[t].sum() // env.num_fresh)
-        surplus.add(np.sign(int(done[t].sum()) - env.num_fresh))
-        drawn.extend(new)
+        groups = (x.reshape(-1, fresh * reset_ratio) for x in (done[t], tag))
+        for ended, tags in zip(*groups, strict=True):
+            new, shared_by = np.unique(tags[ended], return_counts=True)
+            assert len(new) == min(ended.sum(), fresh)
+            if len(new):
+                assert shared_by.max() == -(-ended.sum() // fresh)
+            surplus.add(np.sign(int(ended.sum()) - fresh))
+            drawn.extend(new)
     assert len(set(drawn)) == len(drawn) > 20 // reset_ratio  # new ones in every step
     # Or the loop has seen less than it should: fewer ends than fresh starts, as many, and more.
     assert reset_ratio != 3 or surplus == {-1, 0, 1}

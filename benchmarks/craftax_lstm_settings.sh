@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Craftax with the settings of PPO with which published LSTM and GTrXL agents reach 18 to 20% of the maximum after 1e9
+# steps. For a GPU. Not run here: docs/craftax.md has the curve to compare with.
+#
+#     benchmarks/craftax_lstm_settings.sh [seed ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
+
+flags=(--gamma 0.999 --ent-coef 0.002 --gae-lambda 0.8 --max-grad-norm 1.0 --learning-rate 2e-4 --total-timesteps 1e9)
+for seed in "${@:-1}"; do
+  # The size of the published GTrXL.
+  python ppo_gtrxl_craftax.py --seed "$seed" "${flags[@]}" --memory-len 128 --num-layers 2 --num-heads 8 --d-head 32 \
+    --d-model 256 --d-encoder 256 --d-actor 256 --d-critic 256
+  # AGaLiTe at its own published size.
+  python ppo_agalite_craftax.py --seed "$seed" "${flags[@]}"
+done
