@@ -524,8 +524,8 @@ def train(args: Args, update, state, first: int, run_dir: Path, checkpoints, tra
         stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
-                if number in checkpoints.all_steps():  # one that `restore` could not read
-                    checkpoints.delete(number)
+                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # see `restore`
+                    checkpoints.delete(unreadable)
                 checkpoints.save(number, args=ocp.args.StandardSave(state))
             except Exception as error:  # a full disk is a ValueError of tensorstore
                 raise OSError(f"checkpoint {number} cannot be written: {error}") from None

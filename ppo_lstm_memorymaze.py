@@ -272,9 +272,8 @@ def host_rollout(args: Args, envs, policy, current, key: jax.Array):
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset, memory = next_obs, done, next_memory
         if done.any():
-            counts = done & ~infos["final_info"].get(
-                "staggered", np.zeros_like(done)
-            )  # not those shortened by make_env
+            shortened = infos["final_info"].get("staggered", np.zeros_like(done))
+            counts = done & ~shortened  # all episodes but those that make_env has shortened
             episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
     _, _, last_value, _ = policy(key, obs, reset, memory)
     transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)
@@ -470,8 +469,8 @@ def train(args: Args, update, state, first: int, run_dir: Path, checkpoints, tra
         stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
-                if number in checkpoints.all_steps():  # one that `restore` could not read
-                    checkpoints.delete(number)
+                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # see `restore`
+                    checkpoints.delete(unreadable)
                 checkpoints.save(number, args=ocp.args.StandardSave(state))
             except Exception as error:  # a full disk is a ValueError of tensorstore
                 raise OSError(f"checkpoint {number} cannot be written: {error}") from None

@@ -31,6 +31,7 @@ SMALL_FLAGS = {
     "anneal_lr": False,  # or a run could not be made longer
 }  # fmt: skip
 BATCH = 4 * 16  # environment steps of an update with these flags
+PATIENCE = 3600  # seconds, for a process that hangs; a busy machine must not fail a test
 
 
 @functools.cache
@@ -95,7 +96,7 @@ def import_copy(path: Path):
 def finish(process: subprocess.Popen, expect: int = 0) -> tuple[str, str]:
     """Waits for it -> stdout, stderr; it must end with the exit status `expect`."""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == expect, f"exit status {process.returncode}\n{out}\n{err}"
@@ -126,7 +127,7 @@ def lasting(folder: Path) -> list[dict[str, str]]:
 
 def wait_for_row(process: subprocess.Popen, cwd: Path, number: int):
     """Waits until the process has written row `number` of metrics.csv."""
-    deadline = time.time() + 120
+    deadline = time.time() + PATIENCE
     while not any(len(rows(path.parent)) >= number for path in cwd.glob("runs/*/metrics.csv")):
         assert process.poll() is None and time.time() < deadline, finish(process)
         time.sleep(0.02)

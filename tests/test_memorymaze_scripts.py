@@ -308,9 +308,6 @@ def test_learning_rate(name):
     np.testing.assert_allclose(rates, np.repeat(args.learning_rate * np.array([1, 0.8, 0.6, 0.4, 0.2]), 6), rtol=1e-6)
 
 
-# LEARNING TEST HERE
-
-
 # --------------------------------------------------------------------------------------------------- The command line
 def children(pid: int) -> list[int]:
     """The processes that a process has started and that have not ended."""
