@@ -1,11 +1,15 @@
-"""One folder for the compiled programs of a test session, shared by all of its processes."""
+"""For all tests: one folder for compiled programs, and no more of them in memory than one file of tests needs."""
 
+import gc
 import os
 import shutil
 import tempfile
 
+import pytest
+
 
 def pytest_configure(config):
+    """The folder is shared by all processes of a test session, the scripts that tests start included."""
     if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist, which inherit the environment
         os.environ["COMPILED_FOR_TESTS"] = tempfile.mkdtemp()
 
@@ -13,3 +17,13 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["COMPILED_FOR_TESTS"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """After each file of tests, since hundreds of programs take gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
