@@ -408,7 +408,7 @@ def test_killed_worker_is_named(script, tmp_path):
     os.kill(pids[1], signal.SIGKILL)
     _, err = finish(process, expect=1)
     folder = folder_of(tmp_path)
-    sentence = err.strip().splitlines()[-1]
+    (sentence,) = [line for line in err.splitlines() if "was killed" in line]
     assert f"process {pids[1]}) was killed by SIGKILL" in sentence and f'--resume "{folder}"' in sentence
     assert "Traceback" not in err
     assert steps(folder)[-1] == len(rows(folder)) // 2 * 2
