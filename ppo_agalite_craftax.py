@@ -36,6 +36,7 @@ import optax
 import orbax.checkpoint as ocp
 import scipy.stats
 import tyro
+import wandb
 from flax.linen.initializers import constant, orthogonal
 from flax.training.train_state import TrainState
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
@@ -615,7 +616,8 @@ def plot_achievements(run_dir: Path) -> None:
 def main(args: Args) -> None:
     if args.distributed:
         jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of what it then raises
+    for library in ("absl", "asyncio"):  # they log the traceback of what orbax then raises
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     env = make_env(args, args.num_envs)
     agent = ActorCritic(args, env.action_space(env.default_params).n)
     headline = ["charts/episodic_return", "charts/score"]
@@ -634,8 +636,6 @@ def main(args: Args) -> None:
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         if chief and args.track:
-            import wandb
-
             try:
                 tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
             except wandb.Error as error:

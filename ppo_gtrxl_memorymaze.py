@@ -37,6 +37,7 @@ import optax
 import orbax.checkpoint as ocp
 import scipy.stats
 import tyro
+import wandb
 from flax.linen.initializers import constant, lecun_normal, orthogonal
 from flax.training.train_state import TrainState
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
@@ -606,7 +607,8 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
 
 
 def main(args: Args) -> None:
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the traceback of what it then raises
+    for library in ("absl", "asyncio"):  # they log the traceback of what orbax then raises
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     existing, tracker, headline = args.resume or args.evaluate, None, ["charts/episodic_return"]
     run_dir = Path(existing or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}").absolute()
     try:
@@ -616,8 +618,6 @@ def main(args: Args) -> None:
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         if args.track:
-            import wandb
-
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
 
         # Environments are spread over the devices, in groups of one for each minibatch.

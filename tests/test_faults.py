@@ -124,6 +124,10 @@ def garble(step):
 DAMAGES = [truncate, delete, empty, garble]
 
 
+# tensorstore goes on reading other parts of a damaged checkpoint, whose errors nobody waits for.
+quiet = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 @pytest.fixture
 def restored(monkeypatch):
     """-> a function: the parameters that main, called in this process, hands to `report` after it restored a folder."""
@@ -138,6 +142,7 @@ def restored(monkeypatch):
     return evaluate
 
 
+@quiet
 @pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_the_checkpoint_before_a_damaged_one_is_used(script, damage, tmp_path, restored, capsys):
@@ -166,6 +171,7 @@ def test_run_completes_after_damage(script, damage, tmp_path):
     assert_same_outcome(folder, script)
 
 
+@quiet
 @pytest.mark.parametrize("script", FIRST)
 def test_no_readable_checkpoint_is_said(script, tmp_path, restored):
     """With every checkpoint damaged, one sentence says that none can be read."""

@@ -14,16 +14,16 @@ from cue_maze import in_turn, make_env
 from test_learning import Forgetful
 
 # Small agents for the cue task. An episode's only reward comes with its last action, so with gamma 0 the advantages of
-# all other actions are nearly 0, and not noise. AGaLiTe with two heads and eta 2 stays at chance on some seeds: often,
-# the key of the cue and the query share no entry that is not 0. With r 2 it learns, but forgets again now and then.
+# all other actions are nearly 0, and not noise. AGaLiTe needs several heads: with two of them and eta 2, the key of the
+# cue and the query often have no entry in common, and the seed stays at chance. With r 2 it sometimes forgets again.
 PPO = {
     "num_channels": 4, "d_actor": 32, "d_critic": 32, "num_envs": 128, "num_steps": 8, "num_minibatches": 2,
-    "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.0, "ent_coef": 0.03, "max_grad_norm": 0.5,
-    "total_timesteps": 163_840,
+    "update_epochs": 4, "learning_rate": 2e-3, "gamma": 0.0, "ent_coef": 0.03, "max_grad_norm": 0.5,
+    "total_timesteps": 122_880,
 }  # fmt: skip
-LAYERS = {"num_layers": 1, "d_model": 32, "d_head": 8, "num_heads": 4}
+LAYERS = {"num_layers": 1, "d_model": 64, "d_head": 8, "num_heads": 8}
 SETTINGS = {
-    "ppo_agalite_memorymaze": PPO | LAYERS | {"num_heads": 8, "d_ffc": 32, "eta": 4, "r": 3, "chrono_steps": 10.0},
+    "ppo_agalite_memorymaze": PPO | LAYERS | {"d_ffc": 32, "eta": 4, "r": 3, "chrono_steps": 10.0},
     "ppo_gtrxl_memorymaze": PPO | LAYERS | {"memory_len": 16},
     "ppo_lstm_memorymaze": PPO | {"hidden_size": 32},
 }
@@ -65,21 +65,19 @@ class Learning:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_learns_with_memory_and_only_with_it(name):
-    """At least three of five seeds learn the task; without memory the same agent stays at chance, which is 0.5.
+    """Three seeds learn the task; without memory the same agent stays at chance, which is 0.5.
 
-    `python tests/test_memorymaze_learning.py NAME 20`, within the first 80 of these 160 updates: LSTM 20 of 20 seeds
-    (after 9 to 13), AGaLiTe 19 of 21 (12 to 73; another after 113), GTrXL 6 of 7 (12 to 17). AMD EPYC, Zen 5. So about
-    one seed in ten is slow, and rounding decides which: three of five leaves room for that.
+    `PYTHONPATH=. python tests/test_memorymaze_learning.py NAME 20`: all of 20 seeds reach 0.9 within the 120 updates,
+    LSTM after 7 to 11, GTrXL after 8 to 12, AGaLiTe after 10 to 22, one seed after 46 (AMD EPYC, 3 s per seed).
     """
     learning = Learning(name)
-    took = [learning.updates_to_learn(seed) for seed in (1, 2, 3, 4, 5)]
-    learnt = [number for number in took if number]
-    assert len(learnt) >= 3, took
-    without = list(itertools.islice(learning.success(1, forgets=True), max(learnt)))
+    took = [learning.updates_to_learn(seed) for seed in (1, 2, 3)]
+    assert all(took), took
+    without = list(itertools.islice(learning.success(1, forgets=True), max(took)))
     assert without[-1] <= 0.6, "six standard deviations from chance"
 
 
-if __name__ == "__main__":  # python tests/test_memorymaze_learning.py ppo_lstm_memorymaze 20: what seeds 1 to 20 do
+if __name__ == "__main__":  # with the name of a script and a number of seeds
     learning = Learning(sys.argv[1])
     for seed in range(1, int(sys.argv[2]) + 1):
         print(f"seed {seed}: success 0.9 after update {learning.updates_to_learn(seed)}", flush=True)
