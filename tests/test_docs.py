@@ -1,0 +1,181 @@
+"""What README and docs say: links lead somewhere, commands and flags exist, and Python code runs."""
+
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import pytest
+from cli import finished
+from common import load
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+OTHERS = {"--no-deps", "--ntasks", "--gpus-per-task", "--durations", "--dist", "--check", "--user"}  # of pip, srun, ...
+# Flags of earlier commits, which docs/tmaze.md explains.
+EARLIER = {"--gate-init", "--critic-bias", "--cautious-entropy"}
+OURS = re.compile(r"^(benchmarks/|tests/|ppo_)\S*\.(py|sh)$")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a page in that language."""
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.S)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Every command of a page that starts a script of ours, in a block or within backquotes, as a list of words."""
+    text = path.read_text().replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines += re.findall(r"`([^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    found = [shlex.split(line.replace("\n", " "), comments=True) for line in lines if "python" in line or ".sh" in line]
+    return [words for words in found if any(map(OURS.search, words))]
+
+
+def own_flags(name: str) -> set[str]:
+    """The flags of a script of ours, with underscores."""
+    return {field.name for field in dataclasses.fields(load(name).Args)}
+
+
+@page
+def test_links_lead_somewhere(page):
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path = page.parent / target.split("#")[0]
+        assert path.exists(), target
+        if path.suffix == ".py":  # then the text may name classes and functions
+            for name in re.findall(r"`([A-Za-z_]+)`", text):
+                assert re.search(rf"^ *(class|def) {name}\b|^{name} = ", path.read_text(), re.M), (name, target)
+
+
+def test_every_image_is_shown():
+    """No image in docs/ is left over."""
+    text = "".join(page.read_text() for page in PAGES)
+    for image in [*ROOT.glob("docs/*.png"), *ROOT.glob("docs/*.gif")]:
+        assert image.name in text, image
+
+
+@page
+def test_commands_can_be_run(page):
+    """What is started exists, and scripts accept their flags."""
+    for words in commands(page):
+        start = next(i for i, word in enumerate(words) if OURS.search(word))
+        path, flags = words[start], [word for word in words[start + 1 :] if word != "--help"]
+        mine = path.startswith("ppo_mine")
+        assert mine or (ROOT / path).exists(), words
+        if path.startswith("ppo_"):
+            script = load("ppo_lstm_tmaze" if mine else Path(path).stem)
+            place = next((i for i, flag in enumerate(flags) if flag in ("--resume", "--evaluate")), None)
+            if place is not None:  # such a folder does not exist here
+                del flags[place : place + 2]
+            if "..." not in flags:
+                script.parse_args([flag if flag != "N" else "1" for flag in flags])
+
+
+@pytest.mark.parametrize("preset", ROOT.glob("benchmarks/*.sh"), ids=lambda path: path.name)
+def test_presets_can_be_run(preset):
+    """The scripts that benchmarks/*.sh start accept the flags that they get."""
+    commands = re.sub(r"^( *)python ", r"\1echo ", preset.read_text(), flags=re.M)
+    done = subprocess.run(["bash", "-c", commands, preset, "3"], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        path, *flags = line.removeprefix("benchmarks/without_memory.py ").split()
+        assert load(Path(path).stem).parse_args(flags).seed == 3
+    assert done.stdout
+
+
+@page
+def test_flags_exist(page):
+    """Every flag that is named is one of a script or of a benchmark."""
+    fields = set().union(*(own_flags(path.stem) for path in ROOT.glob("ppo_*.py")))
+    sources = "".join(path.read_text() for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")])
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page.read_text())) - OTHERS - EARLIER:
+        name = flag[2:].replace("-", "_")
+        known = name in fields or name.removeprefix("no_") in fields
+        assert known or f'"{flag}"' in sources or f"    {name}: " in sources or flag == "--help", flag
+
+
+def test_the_notebook_example_of_readme_runs():
+    (code,) = blocks(ROOT / "README.md", "python")
+    small = "script.Args(num_layers=1, d_model=8, d_head=4, d_ffc=8, num_envs=8, num_steps=16, corridor_len=20)"
+    names = {}
+    exec(code.replace("script.Args(corridor_len=20)", small), names)
+    assert int(names["runner"].train_state.step) == 8
+
+
+def test_the_trained_policy_of_usage_acts():
+    """docs/usage.md loads a run in Python. Its folder is replaced by that of a run of the tests."""
+    (code,) = blocks(ROOT / "docs/usage.md", "python")
+    code = re.sub(r'Path\("runs/[^"]*"\)', f"Path({str(finished('ppo_agalite_tmaze'))!r})", code)
+    names = {}
+    exec(code, names)
+    assert names["action"].shape == (1,) and names["obs"].shape[0] == 1
+
+
+OWN = blocks(ROOT / "docs/your_own.md", "python")
+
+
+def block_with(text: str) -> str:
+    (found,) = [block for block in OWN if text in block]
+    return found.rstrip() + "\n"
+
+
+def replace_between(source: str, start: str, end: str, new: str) -> str:
+    before, rest = source.split(start, 1)
+    return before + new + end + rest.split(end, 1)[1]
+
+
+def test_a_memory_of_your_own_passes_the_tests(tmp_path):
+    """The copy of docs/your_own.md, made as the page says, is found by the tests and passes them."""
+    source = (ROOT / "ppo_lstm_tmaze.py").read_text()
+    source = replace_between(source, "class LSTM(", "class ActorCritic(", block_with("class MinGRU") + "\n\n")
+    memory = block_with("def initial_memory").replace("    @nn.nowrap\n", "", 1)
+    source = replace_between(source, "    def initial_memory", "    @nn.compact\n", memory + "\n")
+    source = replace_between(
+        source, "        x, memory = LSTM", "        actor, critic", block_with("MinGRU(self.args")
+    )
+    (field,) = re.findall(r"`(num_layers: int = .*?)`", (ROOT / "docs/your_own.md").read_text())
+    source = source.replace("    hidden_size: int", f"    {field}\n    hidden_size: int", 1)
+    for folder in ("tests", "envs", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "ppo_mine_tmaze.py").write_text(source)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mine"]
+    files = ["tests/test_memory.py", "tests/test_ppo.py", "tests/test_sync.py"]
+    done = subprocess.run([*command, *files], cwd=tmp_path, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and int(passed[1]) >= 20, done.stdout[-3000:]
+
+
+def test_an_environment_of_your_own_trains():
+    """The environment of docs/your_own.md in the T-Maze's script, with its make_env: an episode, and two updates."""
+    script, names = load("ppo_lstm_tmaze"), {}
+    exec(block_with("class Recall:"), names)
+    wrappers = {name: getattr(script, name) for name in ("AutoReset", "EpisodeStatistics", "VectorEnv")}
+    code = block_with("Recall(args.delay)").replace("args.delay", "3").replace("args: Args", "args")
+    exec(code, names | wrappers, names := names | wrappers)
+    env = names["make_env"](None, 4)
+    obs, state = env.reset(jax.random.key(0), env.default_params)
+    shown = obs.argmax(-1)
+    for time in range(4):
+        obs, state, reward, done, info = env.step(jax.random.key(time), state, shown, env.default_params)
+    assert done.all() and (reward == 1).all() and info["success"].all()
+
+
+def test_a_gymnax_environment_is_adapted():
+    """The adapter calls the functions of gymnax that take no automatic reset. gymnax itself is not installed here."""
+    gymnax, names = mock.Mock(), {}
+    inner = mock.Mock()
+    gymnax.make.return_value = inner, "params"
+    exec(block_with("class Gymnax:"), {"gymnax": gymnax}, names)
+    env = names["Gymnax"]("CartPole-v1")
+    gymnax.make.assert_called_once_with("CartPole-v1")
+    assert env.default_params == "params" and env.action_space is inner.action_space
+    assert env.reset("key", "params") is inner.reset_env.return_value
+    assert env.step("key", "state", 0, "params") is inner.step_env.return_value
