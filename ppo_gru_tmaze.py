@@ -2,7 +2,7 @@
 
     python ppo_gru_tmaze.py --corridor-len 160
 
-The agent sees a cue at the start of a corridor. At the other end, 160 steps later, it must turn the way the cue said.
+The agent sees a cue at the start of a corridor. At the other end, after 160 cells, it must turn the way the cue said.
 Its memory is a GRU (Cho et al. 2014, arXiv 1406.1078); it is trained with PPO (Schulman et al. 2017).
 
 What to learn here: how to scan a cell over time (`GRU`). To try your own memory, copy this script and replace it.
@@ -51,9 +51,9 @@ class Args:
     num_seeds: int = 1  # how many seeds to train at once: seed, seed + 1, ...
     total_timesteps: float = 1.5e6  # environment steps per seed (published: 5e6)
     checkpoint_interval: int = 20  # updates between two checkpoints
-    resume: str = ""  # folder of an interrupted run: continue it exactly where its newest checkpoint is
+    resume: str = ""  # folder of an interrupted run: continue from its newest checkpoint
     evaluate: str = ""  # folder of a run: evaluate its newest checkpoint, do not train
-    eval_episodes: int = 200  # episodes of the evaluation, each in its own environment
+    eval_episodes: int = 200  # episodes of the evaluation (each in its own environment)
     capture_video: bool = False  # save one episode of the final policy as a GIF
     track: bool = False  # also log to Weights & Biases, to WANDB_PROJECT (WANDB_MODE=offline needs no account)
     distributed: bool = False  # this is one of several processes that train together (docs/usage.md)
@@ -68,7 +68,7 @@ class Args:
     hidden_size: int = 680  # features D of the recurrent cell
     d_actor: int = 128  # hidden width of the policy head
     d_critic: int = 128  # hidden width of the value head
-    initial_value: float = -10.0  # bias of the critic: the value of never reaching the end (published: 0)
+    initial_value: float = -10.0  # initial bias of the critic: -0.1 / (1 - gamma), for never arriving (published: 0)
 
     # PPO
     num_envs: int = 32  # parallel environments B (published: 8)
@@ -79,14 +79,14 @@ class Args:
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.9  # lambda of the advantages (published: 0.95)
     critic_lambda: float = 1.0  # lambda of the value targets (published: 0.95)
-    num_minibatches: int = 8  # minibatches per epoch, each of whole rollouts (published: 1)
+    num_minibatches: int = 8  # minibatches per epoch, each of num_envs / num_minibatches environments (published: 1)
     update_epochs: int = 1  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch (published: no)
     clip_coef: float = 0.2  # clipping range of the ratio
     clip_vloss: bool = False  # clip the value loss as well
     ent_coef: float = 0.01  # weight of the entropy bonus (published, for A2C: 0.01)
-    vf_coef: float = 0.05  # weight of the value loss (published: 0.5 without the factor 1/2)
-    max_grad_norm: float = 0.5  # maximum norm of the gradient
+    vf_coef: float = 0.05  # weight of the value loss (published: 1 in this convention)
+    max_grad_norm: float = 0.5  # gradients are clipped to this norm
 
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
@@ -99,9 +99,9 @@ class Args:
     def __post_init__(self):
         sizes = "num_seeds checkpoint_interval eval_episodes hidden_size d_actor d_critic"
         sizes += " num_envs num_steps num_minibatches update_epochs"
-        rates = "seed learning_rate adam_eps clip_coef ent_coef vf_coef max_grad_norm"
-        rules = (sizes, 1, 2**40), (rates, 0, 2**31), ("gamma gae_lambda critic_lambda", 0, 1)
-        for names, low, high in (*rules, ("total_timesteps", self.batch_size, 2**60)):  # at least one update
+        rates = "learning_rate adam_eps clip_coef ent_coef vf_coef max_grad_norm"
+        rules = (sizes, 1, 2**40), (rates, 0, 2**40), ("gamma gae_lambda critic_lambda", 0, 1)
+        for names, low, high in (*rules, ("seed", 0, 2**30), ("total_timesteps", self.batch_size, 2**60)):
             for name in names.split():
                 value = getattr(self, name)
                 if not low <= value <= high:
@@ -114,7 +114,7 @@ class Args:
 
 def make_env(args: Args, num_envs: int) -> VectorEnv:
     env = EpisodeStatistics(TMaze(args.corridor_len, args.num_distractors, args.max_episode_steps))
-    return VectorEnv(AutoReset(EpisodeNoise(TimeAwareObservation(env), 4, args.logit_noise)), num_envs)
+    return VectorEnv(AutoReset(EpisodeNoise(TimeAwareObservation(env), size=4, scale=args.logit_noise)), num_envs)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Model
@@ -143,7 +143,7 @@ class ActorCritic(nn.Module):
     """obs (T, B, n), reset (T, B), memory -> logits (T, B, A), value (T, B), memory. To act, T is 1.
 
     A memory is any pytree of arrays (B, ...); where reset is true, it is cleared before that observation is read.
-    Observations begin with noise for the logits and the steps left, for the value alone (see envs/wrappers.py).
+    Observations begin with noise (A,), which is added to the logits, and the steps left (1,), which scale the value.
     """
 
     args: Args
@@ -160,16 +160,16 @@ class ActorCritic(nn.Module):
         actor, critic = nn.tanh(dense(self.args.d_actor)(x)), nn.tanh(dense(self.args.d_critic)(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.1))(actor) + noise  # (T, B, A)
         value = dense(1, bias_init=constant(self.args.initial_value))(critic)
-        value = value * (1 - self.args.gamma**steps_left)  # the time limit ends the episode, and 0 follows
+        value = value * (1 - self.args.gamma**steps_left)  # a sum of steps_left terms, as nothing follows
         return logits, value.squeeze(-1), memory  # (T, B, A), (T, B)
 
 
 # ------------------------------------------------------------------------------------------------------------------ PPO
 class Transition(NamedTuple):
-    """A rollout, (T, B, ...) each."""
+    """The steps of a rollout, (T, B, ...) each."""
 
     obs: jax.Array
-    reset: jax.Array  # obs is the first of an episode
+    reset: jax.Array  # obs starts an episode
     action: jax.Array
     log_prob: jax.Array
     value: jax.Array
@@ -184,7 +184,7 @@ class RunnerState(NamedTuple):
     key: jax.Array
     env_state: Any
     obs: jax.Array  # (B, ...), the next observation to act on
-    reset: jax.Array  # (B,) bool, obs is the first of an episode
+    reset: jax.Array  # (B,) bool, obs starts an episode
     memory: Any  # a pytree of arrays (B, ...)
 
 
@@ -219,7 +219,7 @@ def rollout(args: Args, env, runner: RunnerState, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """Generalised advantage estimation (Schulman et al. 2016) -> advantages (T, B). A time limit counts as an end."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, as published."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -233,7 +233,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on whole rollouts (T, b), recomputed from the memory at their start -> loss, metrics."""
+    """PPO's clipped loss on rollouts (T, G), recomputed from the memory before their first step -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -261,9 +261,9 @@ def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage,
 def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
-    memory (B, ...) is that at the rollout's start; batch holds transitions, advantages and value targets, (T, B, ...).
-    A minibatch has one environment of each of G groups of M = num_minibatches, so that no rollout has to move if the
-    groups are spread over devices.
+    memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
+    Environments form G groups of M = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
     G, M = args.num_envs // args.num_minibatches, args.num_minibatches
     batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)
@@ -271,10 +271,10 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
         choose = jax.vmap(lambda group, i: group[i])  # (G, M, ...), (G,) -> (G, ...)
-        start = jax.tree.map(lambda x: choose(x, chosen), memory)
+        start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
-        grads, metrics = grad(train_state.params, args, train_state.apply_fn, start, *rollouts)
+        grads, metrics = grad(train_state.params, args, train_state.apply_fn, start_memory, *rollouts)
         return train_state.apply_gradients(grads=grads), metrics | {"losses/grad_norm": optax.tree.norm(grads)}
 
     def epoch_step(train_state, key):
@@ -288,13 +288,11 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 def update(args: Args, env, runner: RunnerState):
     """One rollout and the learning from it -> runner, metrics, outcomes: means over the episodes that ended."""
     key, refresh_key, rollout_key, learn_key = jax.random.split(runner.key, 4)
-    start_memory = runner.memory
-    runner = runner._replace(key=key, env_state=env.refresh(refresh_key, runner.env_state, env.default_params))
-    runner, transitions, infos, last_value = rollout(args, env, runner, rollout_key)
+    start = runner._replace(key=key, env_state=env.refresh(refresh_key, runner.env_state, env.default_params))
+    runner, transitions, infos, last_value = rollout(args, env, start, rollout_key)
     advantage = compute_gae(transitions, last_value, args.gamma, args.gae_lambda)
     target = transitions.value + compute_gae(transitions, last_value, args.gamma, args.critic_lambda)
-    batch = transitions, advantage, target
-    train_state, metrics = learn(args, runner.train_state, learn_key, start_memory, batch)
+    train_state, metrics = learn(args, runner.train_state, learn_key, start.memory, (transitions, advantage, target))
 
     num_ended = transitions.done.sum()
     mean_over_ended = lambda x: jnp.sum(x * transitions.done) / jnp.maximum(num_ended, 1)
@@ -342,7 +340,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
     free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # not part of the computation
-    free += "" if saved.anneal_lr else " total_timesteps"
+    free += "" if saved.anneal_lr else " total_timesteps"  # of which the learning rate depends if it anneals
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
@@ -350,7 +348,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def make_shardings(args: Args):
-    """Spreads what `update` returns over the devices: by seeds if these divide evenly, else by groups (see `learn`)."""
+    """How devices share what `update` returns: seeds (axis 0) if these divide evenly, else environments (axis 1)."""
     by_seed = args.num_seeds % jax.device_count() == 0
     count = jax.device_count() if by_seed else math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
     if count < jax.device_count():
@@ -362,7 +360,7 @@ def make_shardings(args: Args):
 
 
 def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
-    """Reads the newest checkpoint that can be read into a state of these shapes -> its update, the state."""
+    """Restores the newest readable checkpoint; `like` is a state of these shapes -> number of its update, state."""
     arrays = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, like)
     name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     shapes_of = lambda tree: {name_of(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
@@ -371,37 +369,38 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
             saved, here = shapes_of(checkpoints.item_metadata(number)), shapes_of(arrays)
             if saved == here:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
-        except Exception as error:  # damage has many names; in a folder that is still trained in, it may be gone
+        except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
             print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
             continue
         name = next(name for name in here | saved if saved.get(name) != here.get(name))
-        shapes = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} in this script"
-        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} belongs to another model: {shapes}")
+        shapes = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {shapes}")
     raise SystemExit(f"{checkpoints.directory} has no checkpoint that can be read: start the run again")
 
 
 def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.DictWriter:
     """Starts metrics.csv with the rows of an earlier part of the run. The old file stays until the new one is whole."""
     file = path.with_suffix(".new").open("w", buffering=1, newline="")  # written line by line
-    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])
+    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns of the old rows alone
     writer.writeheader()
     writer.writerows(earlier)
     path.with_suffix(".new").replace(path)
     return writer
 
 
-def train(args: Args, update, state, first: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
-    """Runs updates first + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
+def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
+    """Runs updates start + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
     signals, writer, steps, chief = [], None, args.batch_size, jax.process_index() == 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # a second one ends the run at once
-        signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
-    earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if first else []
-    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= first]
+    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # the next one kills
+    stop_signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    noted = {n: signal.signal(n, note) for n in stop_signals if signal.getsignal(n) != signal.SIG_IGN}  # by nohup
+    earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
+    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
-    bar = tqdm(initial=first * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
+    bar = tqdm(initial=start * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log file
 
-    for number in range(first + 1, args.num_updates + 1):
+    for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
         metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each
@@ -419,13 +418,13 @@ def train(args: Args, update, state, first: int, run_dir: Path, checkpoints, tra
             if tracker:
                 prefix = f"seed_{row['seed']}/" if num_seeds > 1 else ""
                 tracker.log({prefix + name: x for name, x in row.items() if x != ""}, step=row["global_step"])
-        bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
+        if metrics["charts/episodes"].all():  # else there is no mean to show
+            bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
-        # A signal to one of several processes stops all of them after the same update.
-        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())
+        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # stops all processes alike
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
-                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # see `restore`
+                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # or `restore` had read them
                     checkpoints.delete(unreadable)
                 checkpoints.save(number, args=ocp.args.StandardSave(state))
             except Exception as error:  # a full disk is a ValueError of tensorstore
@@ -434,17 +433,19 @@ def train(args: Args, update, state, first: int, run_dir: Path, checkpoints, tra
             bar.write(f'Stopped after update {number}, saved. To continue: python {sys.argv[0]} --resume "{run_dir}"')
             raise SystemExit(128 + stop)
     bar.close()
+    for signum in noted:  # from here on, a signal ends the run
+        signal.signal(signum, signal.SIG_DFL)
     return state
 
 
 def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
     """Draws columns of metrics.csv over environment steps, one line per seed."""
     table = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    table = table.reshape(-1, len(np.unique(table["seed"])))  # (updates, S)
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
-        axis.plot(table["global_step"], table[name], label=[f"seed {seed:.0f}" for seed in table["seed"][0]])
+        for rows in [table[table["seed"] == seed] for seed in np.unique(table["seed"])]:
+            axis.plot(rows["global_step"], rows[name], label=f"seed {rows['seed'][0]:.0f}")
     axis.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
@@ -457,7 +458,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number))
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, E) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
-        # Over seeds if there are several, else over episodes. Names with a slash are too many for a line.
+        # Over seeds if there are several, else over episodes. Names with a slash (Craftax's achievements) are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
         half = lambda x: scipy.stats.t.ppf(0.975, x.size - 1) * scipy.stats.sem(x)  # of the 95% interval, Student's t
         shown = [f"{name} {x.mean():.3g} ± {half(x):.2g}" for name, x in over.items()]
@@ -470,16 +471,15 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
 def main(args: Args) -> None:
     if args.distributed:
         jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
-    for library in ("absl", "asyncio"):  # they log the traceback of what orbax then raises
+    for library in ("absl", "asyncio"):  # they log the tracebacks of errors that orbax raises anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
     env = make_env(args, args.num_envs)
     agent = ActorCritic(args, env.action_space(env.default_params).n)
     headline = ["charts/episodic_return", "charts/success_rate"]
 
-    # init and update of one seed become those of all seeds: S is the first axis of each array in a RunnerState.
+    # For all seeds: S becomes the first axis of each array. init runs seed by seed, since a vmap of QR may hang on CPU.
     shardings = make_shardings(args)  # of a RunnerState, of metrics, of outcomes
-    init_seed = lambda seed: init(args, env, agent, jax.random.key(seed))  # one by one: on a CPU, a vmap of QR may hang
-    init_seeds = jax.jit(functools.partial(jax.lax.map, init_seed), out_shardings=shardings[0])
+    init_seeds = lambda seeds: jax.lax.map(lambda seed: init(args, env, agent, jax.random.key(seed)), seeds)
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
     existing, chief, tracker = args.resume or args.evaluate, jax.process_index() == 0, None
     now = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # all processes share a folder
@@ -494,16 +494,16 @@ def main(args: Args) -> None:
             except wandb.Error as error:
                 raise SystemExit(f"--track: {error}") from None
         print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
-        runner = init_seeds(args.seed + jnp.arange(args.num_seeds))
+        runner = jax.jit(init_seeds, out_shardings=shardings[0])(args.seed + jnp.arange(args.num_seeds))
         size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))
         print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
         options = {"max_to_keep": 2, "enable_async_checkpointing": False, "read_only": args.evaluate != ""}
         options = {"options": ocp.CheckpointManagerOptions(**options), "item_handlers": ocp.StandardCheckpointHandler()}
         checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", **options)
-        first, runner = restore(checkpoints, runner) if existing else (0, runner)
+        start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
-            runner = train(args, update_seeds, runner, first, run_dir, checkpoints, tracker, headline)
-        params = jax.jit(lambda x: x, out_shardings=shardings[1])(runner.train_state.params)
+            runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
+        params = jax.jit(lambda x: x, out_shardings=shardings[1])(runner.train_state.params)  # whole on each device
         if chief:
             params, quiet = jax.tree.map(np.asarray, params), dataclasses.replace(args, logit_noise=0.0)
             plot_learning_curves(run_dir, headline)
@@ -513,7 +513,7 @@ def main(args: Args) -> None:
                 record_video(make_env(quiet, 1), policy, agent.initial_memory(1), args.seed, run_dir / "episode.gif")
             print(f"Results: {run_dir}")
     except OSError as error:
-        raise SystemExit(f"{error}. The checkpoints in {run_dir} are intact: --resume continues from there") from None
+        raise SystemExit(f"{error}. If {run_dir} has checkpoints, --resume continues from the newest") from None
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ class Args:
     seed: int = 1  # decides parameters, environments, actions and minibatches
     total_timesteps: float = 1e8  # environment steps per seed
     checkpoint_interval: int = 20  # updates between two checkpoints
-    resume: str = ""  # folder of an interrupted run: continue it exactly where its newest checkpoint is (in new mazes)
+    resume: str = ""  # folder of an interrupted run: continue from its newest checkpoint (with new episodes)
     evaluate: str = ""  # folder of a run: evaluate its newest checkpoint, do not train
-    eval_episodes: int = 32  # episodes of the evaluation, each in its own environment (--num-envs of them at once)
+    eval_episodes: int = 32  # episodes of the evaluation (in --num-envs parallel environments)
     capture_video: bool = False  # save one episode of the final policy as a GIF (its first 300 steps)
     track: bool = False  # also log to Weights & Biases, to WANDB_PROJECT (WANDB_MODE=offline needs no account)
 
@@ -77,24 +77,24 @@ class Args:
     d_actor: int = 256  # hidden width of the policy head
     d_critic: int = 256  # hidden width of the value head
 
-    # PPO, with the published settings for Mystery Path
-    num_envs: int = 32  # parallel environments B (each is a process; published: 128)
+    # PPO. Nobody has published settings for Memory Maze: these are those of Mystery Path, with fewer environments
+    num_envs: int = 32  # parallel environments B (each is a process; Mystery Path: 128)
     num_steps: int = 128  # steps T of a rollout, and of backpropagation through time
     learning_rate: float = 2.5e-4  # of Adam
     anneal_lr: bool = False  # decrease the learning rate to 0 (linearly, from update to update)
     adam_eps: float = 1e-8  # epsilon of Adam
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the advantages
-    num_minibatches: int = 8  # minibatches per epoch, each of whole rollouts
+    num_minibatches: int = 8  # minibatches per epoch, each of num_envs / num_minibatches environments
     update_epochs: int = 3  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # clipping range of the ratio
     clip_vloss: bool = False  # clip the value loss as well
     ent_coef: float = 3e-4  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 5.0  # maximum norm of the gradient
+    max_grad_norm: float = 5.0  # gradients are clipped to this norm
 
-    critic_lambda = property(lambda self: self.gae_lambda)  # value targets use the same lambda
+    critic_lambda = property(lambda self: self.gae_lambda)  # value targets use the same lambda (not on the T-Maze)
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
@@ -106,9 +106,9 @@ class Args:
     def __post_init__(self):
         sizes = "checkpoint_interval eval_episodes num_channels num_layers d_model d_head num_heads memory_len"
         sizes += " d_actor d_critic num_envs num_steps num_minibatches update_epochs"
-        rates = "seed learning_rate adam_eps clip_coef ent_coef vf_coef max_grad_norm"
-        rules = (sizes, 1, 2**40), (rates, 0, 2**31), ("gamma gae_lambda", 0, 1)
-        for names, low, high in (*rules, ("total_timesteps", self.batch_size, 2**60)):  # at least one update
+        rates = "learning_rate adam_eps clip_coef ent_coef vf_coef max_grad_norm"
+        rules = (sizes, 1, 2**40), (rates, 0, 2**40), ("gamma gae_lambda", 0, 1)
+        for names, low, high in (*rules, ("seed", 0, 2**30), ("total_timesteps", self.batch_size, 2**60)):
             for name in names.split():
                 value = getattr(self, name)
                 if not low <= value <= high:
@@ -123,9 +123,9 @@ class Args:
 
 
 def make_env(args: Args, index: int = 0):
-    """-> a function that makes the environment of this index, in its own process.
+    """-> a function that makes environment `index`. `Workers` calls it in a separate process.
 
-    All mazes take equally long. The first ones of a training are shortened, or all environments would reset at once.
+    All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     """
     steps = MAX_STEPS[args.env_id.split("-")[1]]
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
@@ -323,10 +323,10 @@ class ActorCritic(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------------ PPO
 class Transition(NamedTuple):
-    """A rollout, (T, B, ...) each."""
+    """The steps of a rollout, (T, B, ...) each."""
 
     obs: jax.Array
-    reset: jax.Array  # obs is the first of an episode
+    reset: jax.Array  # obs starts an episode
     action: jax.Array
     log_prob: jax.Array
     value: jax.Array
@@ -351,7 +351,7 @@ def act(agent: nn.Module, params, greedy, key: jax.Array, obs, reset, memory):
 
 
 def begin_episodes(args: Args, envs, initial_memory, *purpose: int):
-    """Starts new episodes -> obs, reset, memory. Each purpose, training or evaluation, has its own mazes."""
+    """Starts new episodes -> obs, reset, memory. purpose is 0 and the update to train, 1 to evaluate: other mazes."""
     seeds = np.random.SeedSequence([args.seed, *purpose]).generate_state(args.num_envs)
     obs, _ = envs.reset(seed=seeds.tolist())
     return obs, np.ones(args.num_envs, bool), initial_memory
@@ -360,8 +360,8 @@ def begin_episodes(args: Args, envs, initial_memory, *purpose: int):
 def host_rollout(args: Args, envs, policy, current, key: jax.Array):
     """Act for T steps -> current, transitions (T, B, ...), value of the observation after them (B,), finished episodes.
 
-    policy is `act`, compiled and with its parameters. current is (obs, reset, memory), what the agent acts on next,
-    (B, ...) each. Of a finished episode there are return and length.
+    policy is `act`, compiled and with its parameters. current is (obs, reset, memory), (B, ...) each, the input of the
+    next `act`. Finished episodes are pairs of return and length.
     """
     transitions, episodes, (obs, reset, memory) = [], [], current
     for step_key in jax.random.split(key, args.num_steps):
@@ -374,13 +374,13 @@ def host_rollout(args: Args, envs, policy, current, key: jax.Array):
             shortened = infos["final_info"].get("staggered", np.zeros_like(done))
             counts = done & ~shortened  # all episodes but those that make_env has shortened
             episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
-    _, _, last_value, _ = policy(key, obs, reset, memory)
+    _, _, last_value, _ = policy(key, obs, reset, memory)  # its action is not used
     transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)
     return (obs, reset, memory), transitions, last_value, episodes
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """Generalised advantage estimation (Schulman et al. 2016) -> advantages (T, B). A time limit counts as an end."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, as published."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -394,7 +394,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on whole rollouts (T, b), recomputed from the memory at their start -> loss, metrics."""
+    """PPO's clipped loss on rollouts (T, G), recomputed from the memory before their first step -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -422,9 +422,9 @@ def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage,
 def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
-    memory (B, ...) is that at the rollout's start; batch holds transitions, advantages and value targets, (T, B, ...).
-    A minibatch has one environment of each of G groups of M = num_minibatches, so that no rollout has to move if the
-    groups are spread over devices.
+    memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
+    Environments form G groups of M = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
     G, M = args.num_envs // args.num_minibatches, args.num_minibatches
     batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)
@@ -432,10 +432,10 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
         choose = jax.vmap(lambda group, i: group[i])  # (G, M, ...), (G,) -> (G, ...)
-        start = jax.tree.map(lambda x: choose(x, chosen), memory)
+        start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
-        grads, metrics = grad(train_state.params, args, train_state.apply_fn, start, *rollouts)
+        grads, metrics = grad(train_state.params, args, train_state.apply_fn, start_memory, *rollouts)
         return train_state.apply_gradients(grads=grads), metrics | {"losses/grad_norm": optax.tree.norm(grads)}
 
     def epoch_step(train_state, key):
@@ -497,7 +497,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
     free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # not part of the computation
-    free += "" if saved.anneal_lr else " total_timesteps"
+    free += "" if saved.anneal_lr else " total_timesteps"  # of which the learning rate depends if it anneals
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
@@ -505,7 +505,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
-    """Reads the newest checkpoint that can be read into a state of these shapes -> its update, the state."""
+    """Restores the newest readable checkpoint; `like` is a state of these shapes -> number of its update, state."""
     arrays = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, like)
     name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     shapes_of = lambda tree: {name_of(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
@@ -514,37 +514,38 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
             saved, here = shapes_of(checkpoints.item_metadata(number)), shapes_of(arrays)
             if saved == here:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
-        except Exception as error:  # damage has many names; in a folder that is still trained in, it may be gone
+        except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
             print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
             continue
         name = next(name for name in here | saved if saved.get(name) != here.get(name))
-        shapes = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} in this script"
-        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} belongs to another model: {shapes}")
+        shapes = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {shapes}")
     raise SystemExit(f"{checkpoints.directory} has no checkpoint that can be read: start the run again")
 
 
 def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.DictWriter:
     """Starts metrics.csv with the rows of an earlier part of the run. The old file stays until the new one is whole."""
     file = path.with_suffix(".new").open("w", buffering=1, newline="")  # written line by line
-    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])
+    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns of the old rows alone
     writer.writeheader()
     writer.writerows(earlier)
     path.with_suffix(".new").replace(path)
     return writer
 
 
-def train(args: Args, update, state, first: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
-    """Runs updates first + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
+def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
+    """Runs updates start + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
     signals, writer, steps, chief = [], None, args.batch_size, jax.process_index() == 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # a second one ends the run at once
-        signal.signal(number, lambda number, _: signals.append(number) or signal.signal(number, signal.SIG_DFL))
-    earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if first else []
-    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= first]
+    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # the next one kills
+    stop_signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    noted = {n: signal.signal(n, note) for n in stop_signals if signal.getsignal(n) != signal.SIG_IGN}  # by nohup
+    earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
+    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
-    bar = tqdm(initial=first * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
+    bar = tqdm(initial=start * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log file
 
-    for number in range(first + 1, args.num_updates + 1):
+    for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
         metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each
@@ -562,13 +563,13 @@ def train(args: Args, update, state, first: int, run_dir: Path, checkpoints, tra
             if tracker:
                 prefix = f"seed_{row['seed']}/" if num_seeds > 1 else ""
                 tracker.log({prefix + name: x for name, x in row.items() if x != ""}, step=row["global_step"])
-        bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
+        if metrics["charts/episodes"].all():  # else there is no mean to show
+            bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
-        # A signal to one of several processes stops all of them after the same update.
-        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())
+        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # stops all processes alike
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
-                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # see `restore`
+                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # or `restore` had read them
                     checkpoints.delete(unreadable)
                 checkpoints.save(number, args=ocp.args.StandardSave(state))
             except Exception as error:  # a full disk is a ValueError of tensorstore
@@ -577,17 +578,19 @@ def train(args: Args, update, state, first: int, run_dir: Path, checkpoints, tra
             bar.write(f'Stopped after update {number}, saved. To continue: python {sys.argv[0]} --resume "{run_dir}"')
             raise SystemExit(128 + stop)
     bar.close()
+    for signum in noted:  # from here on, a signal ends the run
+        signal.signal(signum, signal.SIG_DFL)
     return state
 
 
 def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
     """Draws columns of metrics.csv over environment steps, one line per seed."""
     table = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    table = table.reshape(-1, len(np.unique(table["seed"])))  # (updates, S)
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
-        axis.plot(table["global_step"], table[name], label=[f"seed {seed:.0f}" for seed in table["seed"][0]])
+        for rows in [table[table["seed"] == seed] for seed in np.unique(table["seed"])]:
+            axis.plot(rows["global_step"], rows[name], label=f"seed {rows['seed'][0]:.0f}")
     axis.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
@@ -607,7 +610,7 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
 
 
 def main(args: Args) -> None:
-    for library in ("absl", "asyncio"):  # they log the traceback of what orbax then raises
+    for library in ("absl", "asyncio"):  # they log the tracebacks of errors that orbax raises anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
     existing, tracker, headline = args.resume or args.evaluate, None, ["charts/episodic_return"]
     run_dir = Path(existing or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}").absolute()
@@ -620,7 +623,7 @@ def main(args: Args) -> None:
         if args.track:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
 
-        # Environments are spread over the devices, in groups of one for each minibatch.
+        # Axis B is spread over the devices, whose number divides that of the groups (see `learn`).
         count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
         mesh = jax.make_mesh((count,), ("device",), (AxisType.Auto,), devices=jax.devices()[:count])
         sharded = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
@@ -639,16 +642,16 @@ def main(args: Args) -> None:
         options = {"max_to_keep": 2, "enable_async_checkpointing": False, "read_only": args.evaluate != ""}
         options = {"options": ocp.CheckpointManagerOptions(**options), "item_handlers": ocp.StandardCheckpointHandler()}
         checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", **options)
-        first, train_state = restore(checkpoints, train_state) if existing else (0, train_state)
+        start, train_state = restore(checkpoints, train_state) if existing else (0, train_state)
         if not args.evaluate:
-            current = begin_episodes(args, envs, initial_memory, 0, first)
+            current = begin_episodes(args, envs, initial_memory, 0, start)
 
             def update(train_state):
                 nonlocal current
                 current, *result = host_update(args, envs, act_jit, learn_jit, current, train_state)
                 return result
 
-            train_state = train(args, update, train_state, first, run_dir, checkpoints, tracker, headline)
+            train_state = train(args, update, train_state, start, run_dir, checkpoints, tracker, headline)
 
         plot_learning_curves(run_dir, headline)
         host_report(args, envs, initial_memory, act_jit, train_state.params, run_dir, tracker)
@@ -662,7 +665,7 @@ def main(args: Args) -> None:
     except WorkerDied as error:
         raise SystemExit(f'{error}. To continue: python {sys.argv[0]} --resume "{run_dir}"') from None
     except OSError as error:
-        raise SystemExit(f"{run_dir}: {error}. Its checkpoints are intact: --resume continues from there") from None
+        raise SystemExit(f"{error}. If {run_dir} has checkpoints, --resume continues from the newest") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Craftax (Matthews et al. 2024, ICML), an open world of crafting and fighting on nine floors: the package `craftax`.
 
-The package plays the game. Added here: observations 27 times smaller, the time limit told from death, the
-achievements by name, and frames. Every function is pure and takes one environment: `jax.vmap` makes the batch.
+The package plays the game. Added here: observations 27 times smaller, truncation separated from termination,
+achievements by name, and images. Every function is pure and takes one environment: `jax.vmap` makes the batch.
 """
 
 import functools
@@ -25,8 +25,8 @@ SQUARE = 16
 
 class Game(NamedTuple):
     module: str  # its place in the package
-    view: tuple[int, int, int]  # rows, columns and channels of the map in sight; with these an observation begins
-    num_numbers: int  # what follows the map: inventory, health and the like, direction, light
+    view: tuple[int, int, int]  # rows, columns and channels of the visible map, the first part of an observation
+    num_numbers: int  # the rest of an observation: inventory, health and so on, direction, light
     max_return: float  # the sum of the rewards of all achievements
 
     @property
@@ -51,9 +51,9 @@ GAMES = {
 def pack(obs: jax.Array) -> jax.Array:
     """(..., 8268) float32 -> (..., 1232) uint8; of Classic (..., 1345) -> (..., 254).
 
-    An entry of the map tells whether a square holds one kind of block, item or creature, or is lit: it is 0 or 1 and
-    takes one bit. The numbers after the map keep their four bytes. So nothing is lost; and should the map ever hold
-    something else than 0 and 1, all numbers become NaN, for training to stop rather than to learn from another world.
+    An entry of the map says whether a square holds one kind of block, item or creature, or is lit: it is 0 or 1 and
+    takes one bit. The numbers after the map keep their four bytes, so nothing is lost. If the map ever holds anything
+    but 0 and 1, all numbers become NaN, so that training stops.
 
     Raises ValueError for any other size.
     """
@@ -83,10 +83,10 @@ def unpack(packed: jax.Array) -> jax.Array:
 
 
 class Craftax:
-    """Craftax or Craftax Classic, without resets of its own.
+    """Craftax or Craftax Classic, without automatic reset.
 
     Observation, (1232,) uint8, of Classic (254,): what the package observes, through `pack`; `unpack` restores it.
-    Actions: 43, of Classic 17, in the order of `action_names`. Unlocking an achievement pays its reward, once an
+    Actions: 43, of Classic 17, in the order of `action_names`. Unlocking an achievement pays its reward, once per
     episode (1 to 8, of Classic 1), and each point of health lost or gained counts 0.1.
 
     An episode ends by death, by victory over the last boss, or at params.max_timesteps (100000, of Classic 10000).
@@ -101,8 +101,8 @@ class Craftax:
         self.game = GAMES[env_id]
         self.max_return = self.game.max_return
 
-    # The package is imported at first use: it computes with JAX as it is imported, after which jax.distributed can no
-    # longer be initialised. If that is inside jit, its constants must be computed at once all the same.
+    # Imported at first use, because the import runs JAX, and jax.distributed must be initialised before that. If the
+    # first use is inside jit, ensure_compile_time_eval keeps the package's constants from becoming tracers.
     @functools.cached_property
     def package_env(self):
         """The package's own environment."""
@@ -136,10 +136,10 @@ class Craftax:
         return spaces.Box(0, 255, (self.game.packed_size,), np.uint8)
 
     def reset(self, key: jax.Array, params) -> tuple[jax.Array, Any]:
-        """-> first observation (1232,) uint8, state: a world of its own for each key."""
+        """-> first observation (1232,) uint8, state: another world for each key."""
         obs, state = self.package_env.reset(key, params)
-        # Where Classic's numbers are of a weak type, some no longer are after a step: to jit that is another type, and
-        # a training script's second update would be compiled anew.
+        # Classic's first state has weakly typed numbers, and a step makes some of them strong. Then jit would compile
+        # the second update of a script again.
         return pack(obs), jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
     def step(
@@ -151,13 +151,13 @@ class Craftax:
         those that the episode has unlocked so far.
         """
         obs, state, reward, done, _ = self.package_env.step(key, state, action, params)
-        # The package tells one kind of end only; so ask it again, as if there were no limit.
+        # The package returns only done, so evaluate its terminal condition again without the time limit.
         without_limit = params.replace(max_timesteps=jnp.iinfo(jnp.int32).max)
         truncated = done & ~self.package_env.is_terminal(state, without_limit)
         return pack(obs), state, reward, done, {"truncated": truncated, "achievements": state.achievements}
 
     def render(self, state, params, action=None, probabilities=None, reward=None) -> Image.Image:
-        """-> one frame, RGB: the state before the action, the action and what it brought; None is left out.
+        """-> one frame, RGB: the state before the action, the action and its reward. None is not drawn.
 
         state is that of one environment, probabilities (actions,) the policy the action came from; the likeliest are
         shown. (640, 416) pixels, of Classic (576, 288). Not for jit. The first frame takes some 10 seconds to prepare.
@@ -191,7 +191,7 @@ class Craftax:
 
 
 class CraftaxStatistics(EpisodeStatistics):
-    """Around Craftax: info gets the finished episode's outcomes too, each under a name of its own.
+    """Around Craftax: adds the finished episode's outcomes to info, by name.
 
     They are "score", the literature's: the return in percent of the sum of all rewards for achievements; and
     "achievements/collect_wood" and so on, whether the episode unlocked it.

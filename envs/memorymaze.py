@@ -9,7 +9,7 @@ faster, because
 - the package draws everything in the maze. Here the walls and floor outside of the camera's view are left out;
 - the package has 84 textures, many of them equal, and loads all of them for each new maze. Here each is loaded once,
   and all mazes share them;
-- no step has to wait for a new maze: it is built in small parts, one in each of the first steps of the episode before.
+- no step has to wait for a new maze: it is built in small parts, one per step, at the start of the previous episode.
 
 The package has no options for any of this. So this module runs the package's own code and replaces its few slow parts
 with unittest.mock; otherwise it would have to copy hundreds of lines of the package.
@@ -38,7 +38,7 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image, ImageDraw
 
-MAX_STEPS = {"9x9": 1000, "11x11": 2000, "13x13": 3000, "15x15": 4000}  # 4 a second
+MAX_STEPS = {"9x9": 1000, "11x11": 2000, "13x13": 3000, "15x15": 4000}  # 4 steps per simulated second
 ACTIONS = ("noop", "forward", "left", "right", "forward+left", "forward+right")
 CONTROLS = ((0.0, 0.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, -1.0), (-1.0, 1.0))  # roll, steer
 SUBSTEPS = 50  # of physics in a step
@@ -93,7 +93,7 @@ def load() -> types.SimpleNamespace:
     # dm_control would draw with OSMesa in another thread, and fail at exit if an environment was not closed.
     os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "1")
     if "memory_maze" not in sys.modules:
-        # A module of that name and place. The package's __init__, which imports gym, does not run.
+        # Registers an empty package of this name and path, so its __init__, which imports gym, does not run.
         package = types.ModuleType("memory_maze")
         package.__path__ = list(importlib.util.find_spec("memory_maze").submodule_search_locations)
         sys.modules["memory_maze"] = package
@@ -103,7 +103,7 @@ def load() -> types.SimpleNamespace:
     from dm_control.mujoco.wrapper import MjModel
     from memory_maze import tasks
 
-    # The ball cannot be given a velocity, and dm_control says so at each reset.
+    # dm_control warns at each reset that the ball has no free joint.
     logging.getLogger("absl").addFilter(lambda record: "no free joint" not in str(record.msg))
     return types.SimpleNamespace(
         mujoco=mujoco,
@@ -157,7 +157,7 @@ class MazeFactory:
     """Builds mazes of one size with the package's code, except for the XML of walls and floor, and the textures.
 
     The package's environment would compile a model with its 84 textures; here its parts are taken without making the
-    environment. For another seed the package would build everything again; here only what depends on the seed is.
+    environment. For another seed the package would build everything again; here, only what depends on the seed.
     """
 
     def __init__(self, size: str):
@@ -357,10 +357,10 @@ class MemoryMaze(gymnasium.Env):
     after it (k = 1, 2, ...) is the package's first one with the seed that SeedSequence([s, k]) generates. An episode
     does not depend on the actions of earlier ones. Without any seed, s is drawn from the system's entropy.
 
-    render() gives a larger image of the agent's view, and beside it the maze from above. It changes nothing.
+    render() gives a larger image of the agent's view, and beside it the maze from above. It has no side effects.
 
     size: a key of MAX_STEPS. first_episode_steps: length of the very first episode, which then ends with "staggered":
-    True in its last info. It serves vectors of environments: all episodes are equally long, so without it all
+    True in its last info. It is for vector environments: all episodes have the same length, so without it all
     environments would reset in the same step.
 
     Raises ValueError for impossible arguments, MissingDependency if something is not installed.
@@ -421,7 +421,7 @@ class MemoryMaze(gymnasium.Env):
         for _ in range(SUBSTEPS):
             mujoco.mj_step2(model, data)
             mujoco.mj_step1(model, data)
-            contacts.append(data.contact.geom.copy())  # a view, which the next substep overwrites
+            contacts.append(data.contact.geom.copy())  # a copy: the next substep overwrites the array
         if data.warning.number.any():
             raise RuntimeError("MuJoCo warns that the physics has become unstable")
         self.contacts = contacts = np.concatenate(contacts)  # (contacts of all substeps, 2), pairs of geoms

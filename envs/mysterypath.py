@@ -1,9 +1,9 @@
 """Mystery Path of Memory Gym, and the AGaLiTe paper's Easy variants of it, in pure JAX.
 
 An agent must cross a grid on a path that it cannot see. Each step off the path puts it back at the start, and only its
-memory keeps it from trying the same way again. Written afresh after Memory Gym 1.0.2 (Pleines et al. 2023, "Memory Gym:
-Partially Observable Challenges to Memory-Based Agents", github.com/MarcoMeter/drl-memory-gym) and equal to it in every
-pixel, reward and end (tests/test_mysterypath.py). The Easy variants are those of Pramanik et al. 2024.
+memory keeps it from trying the same way again. This module reimplements Memory Gym 1.0.2 (Pleines et al. 2023, "Memory
+Gym: Partially Observable Challenges to Memory-Based Agents", github.com/MarcoMeter/drl-memory-gym), and equals it in
+every pixel, reward and episode end (tests/test_mysterypath.py). The Easy variants are those of Pramanik et al. 2024.
 Every function is pure and takes one environment: `jax.vmap` makes the batch.
 """
 
@@ -16,20 +16,20 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, TILE = 7, 12  # tiles a side, pixels a tile
+SIDE, TILE = 7, 12  # tiles per side, pixels per tile
 TILES, SIZE = SIDE * SIDE, SIDE * TILE
-MARGIN = 6  # pixels that the agent's center keeps from the edge of the picture
+MARGIN = 6  # pixels that the agent's center keeps from the edge of the image
 
-# Actions on the grid. Without a grid, action 3 h + v moves by h and v, each 0: not, 1: left or up, 2: right or down.
+# Actions on the grid. Without a grid, action 3 h + v moves by h and v, each 0: none, 1: left or up, 2: right or down.
 NOOP, TURN_LEFT, TURN_RIGHT, FORWARD = range(4)
-# The agent's rotation r is 45 r degrees against the clock from 0, which is up. By rotation: where the agent looks, and
-# its speed without a grid in pixels a step and axis, on a diagonal 3 / sqrt(2) without its fraction.
+# The agent's rotation r is 45 r degrees counter-clockwise from up. By rotation: the direction it faces, and without a
+# grid its speed in pixels per step along each axis; on a diagonal, int(3 / sqrt(2)) = 2.
 HEADING = np.array([(0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1)])
 SPEED = np.array([3, 2] * 4)
-ROTATION = np.array([0, 0, 4, 2, 1, 3, 6, 7, 5])  # by action 3 h + v; action 0 leaves it as it was
+ROTATION = np.array([0, 0, 4, 2, 1, 3, 6, 7, 5])  # by action 3 h + v; action 0 does not turn
 
-# Tiles are numbered SIDE * x + y. The neighbours of a tile stand in the order right, left, down, up; a step off the
-# grid leads to the tile itself.
+# Tiles are numbered SIDE * x + y. The neighbours of a tile are right, left, down and up, in this order; a step off
+# the grid leads to the tile itself.
 X, Y = np.divmod(np.arange(TILES), SIDE)
 ON_BORDER = (X % (SIDE - 1) == 0) | (Y % (SIDE - 1) == 0)
 within = lambda coordinate: np.clip(coordinate, 0, SIDE - 1)
@@ -37,8 +37,8 @@ NEIGHBOURS = SIDE * within(X[:, None] + [1, -1, 0, 0]) + within(Y[:, None] + [0,
 DISTANCE = np.hypot(X[:, None] - X, Y[:, None] - Y).astype(np.float32)  # (49, 49)
 
 # The agent without and with the red cross, by rotation, (2, 8, 15, 15, 3) with its center at (8, 8), as recorded by
-# tests/record_mysterypath.py. Each stands on a canvas so large that a picture is a window of it, whatever the agent's
-# position: (16, 156, 3 * 156), as rows of bytes.
+# tests/record_mysterypath.py. Each is in the middle of a canvas so large that, whatever the agent's position, the image
+# is a window of it: (16, 156, 3 * 156), as rows of bytes.
 SPRITES = np.load(Path(__file__).with_suffix(".npz"))["sprites"]
 TRANSPARENT = 1  # no colour of a sprite has this value in any channel
 CANVAS_CENTER = SIZE - MARGIN
@@ -59,13 +59,13 @@ START, GOAL, PATH, MET = "#3d5fe0", "#3fc05a", "#ffffff", "#f3d9a9"
 
 class EnvParams(NamedTuple):
     max_episode_steps: int  # the time limit
-    progress_reward: float  # for each tile of the path when it is first met, start and goal excepted
+    progress_reward: float  # for each tile of the path at the first visit, except start and goal
     show_start: bool  # as a blue tile
     show_goal: bool  # as a green tile
 
 
-# Memory Gym's defaults wherever the paper changes nothing: its own time limits are 128 and 512 too, and without a grid
-# it pays for progress by itself. In all four a red cross shows where the agent fell, which costs nothing.
+# Memory Gym's defaults, unless the paper changes them: Memory Gym has the same time limits, and without a grid it also
+# rewards progress. In all four, a red cross shows where the agent fell, which costs nothing.
 ENVIRONMENTS = {
     "MysteryPath-Grid-Easy-v0": EnvParams(128, 0.1, True, True),
     "MysteryPath-Easy-v0": EnvParams(512, 0.1, True, True),
@@ -158,7 +158,7 @@ class MysteryPath:
         return self.observe(state, params), state, reward, success | truncated, info
 
     def _move(self, state: EnvState, action: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """-> position and rotation after an action on the path. A move over the edge of the picture stops there."""
+        """-> position and rotation after an action on the path. A move stops at the edge of the image."""
         if self.on_grid:
             rotation = (state.rotation + 2 * (action == TURN_LEFT) - 2 * (action == TURN_RIGHT)) % 8
             pixels = TILE * (action == FORWARD)
@@ -169,7 +169,7 @@ class MysteryPath:
         return jnp.clip(position, MARGIN, SIZE - MARGIN).astype(jnp.int32), rotation.astype(jnp.int32)
 
     def observe(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """-> the picture of a state, (84, 84, 3) uint8."""
+        """-> the image of a state, (84, 84, 3) uint8."""
         row, column = jnp.arange(SIZE) // TILE, jnp.arange(3 * SIZE) // (3 * TILE)  # tile coordinates x and y
         channel = jnp.arange(3 * SIZE) % 3
 
@@ -180,11 +180,11 @@ class MysteryPath:
         x, y = CANVAS_CENTER - state.position
         sprite = 8 * state.off_path + state.rotation
         window = jax.lax.dynamic_slice(jnp.asarray(CANVAS), (sprite, x, 3 * y), (1, SIZE, 3 * SIZE))[0]
-        picture = jnp.where(window == TRANSPARENT, tiles * np.uint8(255), window)
-        return picture.reshape(SIZE, SIZE, 3)
+        image = jnp.where(window == TRANSPARENT, tiles * np.uint8(255), window)
+        return image.reshape(SIZE, SIZE, 3)
 
     def render(self, state: EnvState, params: EnvParams, action=None, probabilities=None, reward=None) -> Image.Image:
-        """-> one frame, (640, 240) RGB: the state before the action, the action and what it brought; None is left out.
+        """-> one frame, (640, 240) RGB: the state before the action, the action and its reward. None is not drawn.
 
         On the left the hidden path, beside it what the agent sees. state is that of one environment, probabilities
         (4,) or (9,) the policy the action came from. Not for jit.
@@ -298,7 +298,7 @@ NOT_IN_LIST = np.iinfo(np.int32).max
 
 
 class Search(NamedTuple):
-    """The state of the search for a path, (49,) each: one number a tile."""
+    """The state of the search for a path, (49,) each: one number per tile."""
 
     current: jax.Array  # () int32, the tile to expand
     place: jax.Array  # int32, 64 times the place in the list of open tiles plus the tile; NOT_IN_LIST if not in it

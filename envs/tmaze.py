@@ -1,7 +1,7 @@
 """The T-Maze of the AGaLiTe paper (Pramanik et al. 2024, after Bakker 2001), in pure JAX.
 
-A cue is shown at the first step of a corridor; at its far end the agent must turn the way the cue said. In between
-nothing but its memory holds the cue. Every function is pure and takes one environment: `jax.vmap` makes the batch.
+A cue is shown at the first step of a corridor. At the other end the agent must turn the way the cue said, so it must
+remember the cue on the way. Every function is pure and takes one environment: `jax.vmap` makes the batch.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class EnvParams(NamedTuple):
 
 class EnvState(NamedTuple):
     position: jax.Array  # () int32
-    cue: jax.Array  # () int32, 0: up is right, 1: down is right
+    cue: jax.Array  # () int32, 0: up is correct, 1: down is correct
     time: jax.Array  # () int32, steps taken in this episode
 
 
@@ -39,8 +39,8 @@ class TMaze:
     and (0, 0) afterwards; the position as an 8-bit Gray code, most significant bit first; distractor bits, 0 at the
     first step and fair coins afterwards. Actions: 0 up, 1 down, 2 left, 3 right.
 
-    Left and right move by one cell and stop at the ends; up and down do nothing in the corridor; each of these costs
-    0.1. At the junction up or down ends the episode with +4 if it agrees with the cue and -1 if not.
+    In the corridor left and right move by one cell, and up and down do nothing. At the junction left and right do
+    nothing, and up or down ends the episode, with +4 if it agrees with the cue and -1 if not. Any other step costs 0.1.
 
     Raises ValueError for sizes that cannot work.
     """
@@ -84,7 +84,7 @@ class TMaze:
         reward = jnp.where(turned, jnp.where(success, 4.0, -1.0), -0.1)
 
         move = (action == RIGHT).astype(jnp.int32) - (action == LEFT)
-        at_junction = state.position == junction  # left and right do nothing there
+        at_junction = state.position == junction  # where left and right do nothing, as published
         position = jnp.where(at_junction, junction, jnp.maximum(state.position + move, 0))
         state = EnvState(position, state.cue, state.time + 1)
 
@@ -99,7 +99,7 @@ class TMaze:
         return jnp.concatenate([cue_bits, position_bits, distractors]).astype(jnp.float32)
 
     def render(self, state: EnvState, params: EnvParams, action=None, probabilities=None, reward=None) -> Image.Image:
-        """-> one frame, (640, 240) RGB: the state before the action, the action and what it brought; None is left out.
+        """-> one frame, (640, 240) RGB: the state before the action, the action and its reward. None is not drawn.
 
         state is that of one environment, probabilities (4,) the policy the action came from. Not for jit.
         """

@@ -1,8 +1,8 @@
-"""Gymnasium environments in processes of their own, one each, which neither outlive the training nor hold it up.
+"""Gymnasium environments in separate processes, which end when the training process ends.
 
     envs = Workers([functools.partial(gymnasium.make, "envs.memorymaze:MemoryMaze-9x9-v0")] * 16)
 
-The name of the module before the colon has each worker import it, and so register the environment.
+Each worker imports the module before the colon, which registers the environment.
 """
 
 import atexit
@@ -39,13 +39,13 @@ class WorkerFailed(RuntimeError):
 class Workers(AsyncVectorEnv):
     """AsyncVectorEnv for long runs: spawned processes, shared memory, and a new episode in the step that ends one.
 
-    That step's observation is the new episode's first; the old one's last is in info["final_obs"], and its info in
-    info["final_info"] (AutoresetMode.SAME_STEP).
+    That step returns the new episode's first observation. The last observation and info of the old episode are in
+    info["final_obs"] and info["final_info"] (AutoresetMode.SAME_STEP).
 
     A worker ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it. Any method raises WorkerDied
     if a worker has died, in one sentence with its number, its process and the reason, and WorkerFailed, in one sentence
-    too, if an environment raised an exception. After either only close() is of use.
-    Neither makes it hang; a worker that never answers does.
+    too, if an environment raised an exception. After either, only close() can be called.
+    A worker that never answers still makes it hang.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env]]):
@@ -150,7 +150,7 @@ class Workers(AsyncVectorEnv):
             super().set_attr(name, values)
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False):
-        """Asks the workers to end, and after so many seconds (default GRACE), or at once, kills those that did not."""
+        """Asks the workers to end. Kills those that have not after `timeout` seconds (default GRACE), or at once."""
         for pipe in getattr(self, "parent_pipes", []):
             pipe.close()  # which a worker takes for the end
         processes = [process for process in getattr(self, "processes", []) if process.pid is not None]
@@ -174,7 +174,7 @@ def _describe_exit(index: int, process) -> str:
 
 
 def _work(index, env_fn, pipe, parent_pipe, shared_memory, error_queue, autoreset_mode, semaphore):
-    """What a worker does: the protocol of AsyncVectorEnv, for the ways of it that Workers uses."""
+    """The main function of a worker: the part of AsyncVectorEnv's protocol that Workers uses."""
     for number in LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -184,14 +184,14 @@ def _work(index, env_fn, pipe, parent_pipe, shared_memory, error_queue, autorese
         env = env_fn()
         while message := _receive(pipe):
             answer = _answer(env, index, shared_memory, *message)
-            with contextlib.suppress(OSError):  # the parent has gone: nothing will be received, then
+            with contextlib.suppress(OSError):  # the parent is gone, and _receive will return None
                 pipe.send((answer, True))
     except BaseException as error:
         sentence = " ".join(f"{type(error).__name__}: {error}".split())
         error_queue.put((index, sentence, traceback.format_exc()))  # as text: not every exception can be pickled
         with contextlib.suppress(OSError):
             pipe.send((None, False))
-        while _receive(pipe):  # so that it is the failure that the parent learns of, not the end
+        while _receive(pipe):  # keeps the pipe open, so that the parent gets the exception and not a broken pipe
             pass
     finally:
         if env is not None:
@@ -231,9 +231,9 @@ def _answer(env, index, shared_memory, command, data):
 
 
 def _end_with_parent():
-    """Waits, in a thread of its own, for the parent's end, and then ends this process whatever it is doing.
+    """In a separate thread: waits until the parent has ended, then kills this process.
 
-    The sentinel is a pipe whose other end only the parent has; but its other children may have copies, if it forked.
+    The sentinel is a pipe to the parent. If the parent forked, other children may keep it open, hence getppid.
     """
     parent = multiprocessing.parent_process()
     while os.getppid() == parent.pid and not multiprocessing.connection.wait([parent.sentinel], 1.0):

@@ -1,6 +1,7 @@
 """Wrappers for environments with the interface of Craftax: `reset(key, params)`, `step(key, state, action, params)`.
 
-They stack in one of three ways, by what a reset costs:
+They stack in one of three ways, by what a reset costs (TimeAwareObservation and EpisodeNoise go around
+EpisodeStatistics, in this order):
 
     VectorEnv(AutoReset(EpisodeStatistics(env)), num_envs)            a first state for each environment in each step
     OptimisticReset(EpisodeStatistics(env), num_envs, reset_ratio)    one for every reset_ratio of them
@@ -90,6 +91,9 @@ class TimeAwareObservation(Wrapper):
         obs, state, reward, done, info = self.env.step(key, state, action, params)
         return self._with_steps_left(obs, state, params), state, reward, done, info
 
+    def observe(self, state, params):
+        return self._with_steps_left(self.env.observe(state, params), state, params)
+
     def _with_steps_left(self, obs, state, params):
         return jnp.append(jnp.float32(params.max_episode_steps - state.episodic_length), obs)
 
@@ -125,12 +129,15 @@ class EpisodeNoise(Wrapper):
         obs, env_state, reward, done, info = self.env.step(key, state.env_state, action, params)
         return jnp.append(state.noise, obs), state._replace(env_state=env_state), reward, done, info
 
+    def observe(self, state, params):
+        return jnp.append(state.noise, self.env.observe(state.env_state, params))
+
     def render(self, state, params, *args):
         return self.env.render(state.env_state, params, *args)
 
 
 class AutoReset(Wrapper):
-    """Begins a new episode in the step that ends one: the observation returned with done is the first of the next."""
+    """Starts a new episode in the step that ends one: the observation returned with done is the first of the next."""
 
     def step(self, key, state, action, params):
         step_key, reset_key = jax.random.split(key)
@@ -168,8 +175,9 @@ class OptimisticReset(VectorEnv):
 
     AutoReset makes a first state for every environment in every step and throws nearly all of them away. Here each step
     makes num_envs / reset_ratio, and the environments that finish share them (Matthews et al. 2024). They share within
-    groups of 4 * reset_ratio neighbours, so that no first state moves to another device if groups are spread over
-    devices. If more than 4 of a group finish at once, some start in the same state, but go on with different keys.
+    groups of at most 4 * reset_ratio neighbours, so that no first state moves to another device if groups are spread
+    over devices. If more of a group finish at once than it has first states, some start in the same one, and go on with
+    different keys.
 
     Raises ValueError if reset_ratio does not divide num_envs.
     """
@@ -190,7 +198,7 @@ class OptimisticReset(VectorEnv):
         fresh = jax.vmap(jax.vmap(self.env.reset, (0, None)), (0, None))(reset_keys, params)
 
         def restart_finished(fresh, done, current):
-            """In one group: done (n,), current obs and state (n, ...), fresh ones (fresh_per_group, ...)."""
+            """In one group: done (n,), obs and state of now (n, ...) and of fresh episodes (fresh_per_group, ...)."""
             turn = (jnp.cumsum(done) - 1) % self.fresh_per_group  # (n,), counts those that finish
             restart = lambda done, i, old: jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, old)
             return jax.vmap(restart)(done, turn, current)
@@ -203,25 +211,25 @@ class OptimisticReset(VectorEnv):
 
 class PooledResetState(NamedTuple):
     env_state: Any  # (B, ...)
-    pool: Any  # (B, K, ...), first states of episodes, of each environment its own
-    used: jax.Array  # (B,) int32, how many of them have been taken; counts on past K
+    pool: Any  # (B, K, ...), first states of episodes, K for each environment
+    used: jax.Array  # (B,) int32, how many were taken since the last refresh; may exceed K
 
 
 class PooledReset(Wrapper):
-    """num_envs copies, each of which begins its episodes from a pool of pool_size (K) first states of its own.
+    """num_envs copies; each starts its episodes from a separate pool of pool_size (K) first states.
 
     It takes the place of AutoReset and VectorEnv: AutoReset pays for a reset in every step of every environment. Here
     `reset` and `refresh` draw all first states in one batch, and a step that ends an episode takes the next of its
-    environment. Where more than K episodes end between two calls of refresh, the pool is used again from its beginning,
-    so K should be the most that do, or first states repeat. An evaluation of one episode each needs no refresh.
+    pool. If more than K episodes of an environment end between two refreshes, its first states repeat, so K should be
+    the largest number that may end. An evaluation of one episode per environment needs no refresh.
 
-    The environment needs `observe(state, params) -> obs`: pools hold states and no observations, and these should be
-    small. Raises ValueError for a pool that cannot work.
+    The environment needs `observe(state, params) -> obs`, because pools hold states and no observations. States should
+    be small. Raises ValueError if pool_size is less than 1.
     """
 
     def __init__(self, env, num_envs: int, pool_size: int):
         if pool_size < 1:
-            raise ValueError(f"pool_size {pool_size}: each new episode needs a first state, so at least 1")
+            raise ValueError(f"pool_size {pool_size}: must be at least 1")
         super().__init__(env)
         self.num_envs, self.pool_size = num_envs, pool_size
 
@@ -241,10 +249,10 @@ class PooledReset(Wrapper):
             keys, state.env_state, action, params
         )
 
-        def begin_anew(done, env_state, pool, used):
+        def restart(done, env_state, pool, used):
             return jax.tree.map(lambda old, new: jnp.where(done, new[used % self.pool_size], old), env_state, pool)
 
-        env_state = jax.vmap(begin_anew)(done, env_state, state.pool, state.used)
+        env_state = jax.vmap(restart)(done, env_state, state.pool, state.used)
         state = PooledResetState(env_state, state.pool, state.used + done)
         return self._observe(state, params), state, reward, done, info
 

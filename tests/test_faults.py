@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from cli import (
     BATCH,
+    PATIENCE,
     checkpoint,
     edited,
     finish,
@@ -97,6 +98,32 @@ def test_signal_saves_and_says_how_to_resume(script, number, tmp_path):
     if number == signal.SIGINT:
         run(script, *command[2:], cwd=cwd, small=False)
         assert_same_outcome(folder, script)
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_nohup_is_respected(script, tmp_path):
+    """A run that was started with nohup goes on when the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does; the process inherits it
+    process = start(script, *FLAGS, cwd=tmp_path)
+    signal.signal(signal.SIGHUP, before)
+    wait_for_row(process, tmp_path, 1)
+    process.send_signal(signal.SIGHUP)
+    finish(process)
+    assert len(rows(folder_of(tmp_path))) == 200
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_signal_after_training_ends_the_run(script, tmp_path):
+    """Nothing is left to save during the evaluation, so the first signal ends the run."""
+    process = start(script, "--total-timesteps", BATCH, "--eval-episodes", 10**6, cwd=tmp_path)
+    wait_for_row(process, tmp_path, 1)
+    deadline = time.time() + PATIENCE
+    while not list(tmp_path.glob("runs/*/learning_curve.png")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    finish(process, expect=-signal.SIGINT)
+    assert steps(folder_of(tmp_path)) == [1]
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -205,8 +232,8 @@ def test_checkpoints_of_a_script_before_it_was_edited_stay(script, edit, tmp_pat
         with pytest.raises(SystemExit) as refused:
             restored(copy, folder, flag)
         sentence = refused.value.code
-        assert sentence.startswith(f"Checkpoint 200 in {folder / 'checkpoints'} belongs to another model: "), sentence
-        assert difference in sentence and " in this script" in sentence and "\n" not in sentence, sentence
+        assert sentence.startswith(f"Checkpoint 200 in {folder / 'checkpoints'} does not fit this script: "), sentence
+        assert difference in sentence and sentence.endswith(" here") and "\n" not in sentence, sentence
         assert snapshot(folder) == before
 
 
@@ -219,7 +246,7 @@ def test_checkpoints_of_other_sizes_stay(script, tmp_path):
     (folder / "args.json").write_text(json.dumps(args | {"d_actor": 17}))
     before = snapshot(folder)
     _, err = run(script, "--resume", folder, cwd=tmp_path, small=False, expect=1)
-    assert "(1, 16) there and (1, 17) in this script" in err.splitlines()[-1] and "Traceback" not in err
+    assert "(1, 16) there and (1, 17) here" in err.splitlines()[-1] and "Traceback" not in err
     assert snapshot(folder) == before
 
 
@@ -239,7 +266,7 @@ def test_full_disk_ends_the_run_with_a_word(script, victim, tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     _, err = finish(process, expect=1)
     folder = folder_of(tmp_path)
-    assert str(folder) in err and "File too large" in err and "--resume continues from there" in err
+    assert str(folder) in err and "File too large" in err and "--resume continues from the newest" in err
     # Threads of tensorstore may still complain about a closed event loop, but no traceback is the script's.
     assert f'{script}.py", line' not in err and "orbax" not in err.replace(".orbax-checkpoint-tmp", ""), err
     assert steps(folder)[-1] >= 20

@@ -284,6 +284,19 @@ def test_steps_left():
     assert space.shape == (17,) and space.contains(np.asarray(obs[0, 0])) and space.high[0] == 9
 
 
+def test_what_is_observed_is_what_a_step_returns():
+    """observe, which PooledReset calls, adds the noise and the steps left, too."""
+    inner = TMaze(5)
+    inner.observe = lambda state, params: jnp.arange(16.0) + state.position
+    env = EpisodeNoise(TimeAwareObservation(EpisodeStatistics(inner)), 4, 0.7)
+    first_obs, state = env.reset(jax.random.key(28), env.default_params)
+    observed = env.observe(state, env.default_params)
+    np.testing.assert_array_equal(observed, np.concatenate([first_obs[:5], np.arange(16.0)]))
+    obs, state, *_ = env.step(jax.random.key(29), state, jnp.int32(3), env.default_params)
+    observed = env.observe(state, env.default_params)
+    np.testing.assert_array_equal(observed, np.concatenate([obs[:5], np.arange(16.0) + 1]))
+
+
 # What is drawn.
 
 
@@ -411,7 +424,7 @@ def test_pooled_state_has_the_environments_as_leading_axis():
 
 
 def test_pool_sizes_that_cannot_work():
-    with pytest.raises(ValueError, match="^pool_size 0: each new episode needs a first state, so at least 1$"):
+    with pytest.raises(ValueError, match="^pool_size 0: must be at least 1$"):
         pooled(pool_size=0)
 
 
