@@ -1,6 +1,7 @@
 """What README and docs say: links lead somewhere, commands and flags exist, and Python code runs."""
 
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -179,3 +180,14 @@ def test_a_gymnax_environment_is_adapted():
     assert env.default_params == "params" and env.action_space is inner.action_space
     assert env.reset("key", "params") is inner.reset_env.return_value
     assert env.step("key", "state", 0, "params") is inner.step_env.return_value
+
+
+def test_the_tutorial_runs(monkeypatch):
+    """docs/tutorial.ipynb from its first cell to its last: its assertions hold, and its agent learns."""
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    names = {}
+    for cell in json.loads(Path("tutorial.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["success"][0] < 0.7 and names["results"]["success"].mean() > 0.95
