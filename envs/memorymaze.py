@@ -55,21 +55,24 @@ def choose_renderer() -> str:
     A renderer that cannot start may crash the process, and after the import of one it is too late for another. So each
     is tried in a separate process. The choice is stored in an environment variable for the processes started later.
     """
-    wanted = os.environ.get("MUJOCO_GL")
+    wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted and os.environ.get("MEMORY_MAZE_GL_WORKS") == wanted:
         return wanted
     for name in [wanted] if wanted else ["egl", "osmesa"]:
         # PYOPENGL_PLATFORM is what dm_control sets itself, and a leftover of another choice would make it fail.
         environment = {k: v for k, v in os.environ.items() if k != "PYOPENGL_PLATFORM"} | {"MUJOCO_GL": name}
-        script = "from dm_control import _render\nwith _render.Renderer(64, 64).make_current(): pass"
+        environment["DISABLE_RENDER_THREAD_OFFLOADING"] = "1"  # as in load()
+        # Some renderers start without a screen and fail at the first image, so draw one.
+        script = "from dm_control import mujoco\nmujoco.Physics.from_xml_string('<mujoco/>').render(64, 64)"
         command = [sys.executable, "-c", script]
         if subprocess.run(command, env=environment, capture_output=True).returncode == 0:
             os.environ["MUJOCO_GL"] = os.environ["MEMORY_MAZE_GL_WORKS"] = name
             return name
-    tried = f"MUJOCO_GL={wanted} does not start" if wanted else "Neither EGL nor OSMesa starts"
+    if wanted:
+        raise MissingDependency(f"MUJOCO_GL={wanted} draws no image here. Unset MUJOCO_GL to try EGL and OSMesa.")
     raise MissingDependency(
-        f"{tried}, and Memory Maze draws its images with OpenGL: on Debian or Ubuntu install libegl1 and libgl1, or "
-        "libosmesa6 (no GPU or screen is needed)."
+        "Neither EGL nor OSMesa draws an image here, and Memory Maze needs one of them: on Debian or Ubuntu install "
+        "libegl1 and libgl1, or libosmesa6. No GPU or screen is needed."
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import pytest
 from cli import (
     BATCH,
+    ENVIRONMENT,
     checkpoint,
     edited,
     finish,
@@ -288,3 +289,11 @@ def test_runs_started_together_have_folders_of_their_own(script, tmp_path):
         finish(process)
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2 and all(len(rows(folder)) == 1 and steps(folder) == [1] for folder in folders)
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_switches_of_jax(script, tmp_path):
+    """No NaN is made on purpose, and everything also works in 64 bits."""
+    switches = ENVIRONMENT | {"JAX_DEBUG_NANS": "1", "JAX_ENABLE_X64": "1"}
+    run(script, "--total-timesteps", 2 * BATCH, cwd=tmp_path, env=switches)
+    assert len(rows(folder_of(tmp_path))) == 2

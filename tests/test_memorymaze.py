@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,16 @@ from compare_memorymaze import check, record
 from gymnasium.utils.env_checker import check_env
 
 from envs import memorymaze
-from envs.memorymaze import ACTIONS, MAX_STEPS, MazeFactory, MemoryMaze, MissingDependency, Renderer, episode_seed
+from envs.memorymaze import (
+    ACTIONS,
+    MAX_STEPS,
+    MazeFactory,
+    MemoryMaze,
+    MissingDependency,
+    Renderer,
+    choose_renderer,
+    episode_seed,
+)
 from envs.workers import Workers
 
 installed = importlib.util.find_spec("memory_maze") is not None
@@ -210,17 +220,24 @@ def test_without_a_package(monkeypatch):
 def test_without_opengl(monkeypatch):
     monkeypatch.delenv("MEMORY_MAZE_GL_WORKS", raising=False)
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
-    with pytest.raises(
-        MissingDependency, match="^MUJOCO_GL=nonsense does not start, .* libegl1 and libgl1, or libosmesa6"
-    ):
+    with pytest.raises(MissingDependency, match="^MUJOCO_GL=nonsense draws no image here. Unset MUJOCO_GL"):
         MemoryMaze()
     tried = []
     failure = lambda command, env, **_: (tried.append(env["MUJOCO_GL"]), subprocess.CompletedProcess(command, 1))[1]
     monkeypatch.setattr(subprocess, "run", failure)
     monkeypatch.delenv("MUJOCO_GL")
-    with pytest.raises(MissingDependency, match="^Neither EGL nor OSMesa starts, .* libegl1 and libgl1, or libosmesa6"):
+    with pytest.raises(MissingDependency, match="^Neither EGL nor OSMesa draws .* libegl1 and libgl1, or libosmesa6"):
         MemoryMaze()
     assert tried == ["egl", "osmesa"]
+
+
+@needs_package
+def test_capitals_in_mujoco_gl(monkeypatch):
+    """MUJOCO_GL=EGL is as good as egl."""
+    name = choose_renderer()
+    monkeypatch.delenv("MEMORY_MAZE_GL_WORKS")
+    monkeypatch.setenv("MUJOCO_GL", name.upper())
+    assert choose_renderer() == name == os.environ["MUJOCO_GL"]
 
 
 def test_importing_is_cheap():
