@@ -1,20 +1,31 @@
-"""The table of results in docs/tmaze.md and its curves, from the folders that runs have left.
+"""Tables and curves of T-Maze runs, from the folders that they have left.
 
-    python benchmarks/results.py runs/tmaze__*
+    python benchmarks/results.py tmaze runs/tmaze__ppo_agalite_tmaze__*
 
-prints the table and draws docs/tmaze_curves.png: success and length of the episodes, one line per seed.
+writes docs/results/tmaze.md, a row per seed, and docs/results/tmaze.png: success over steps and over minutes, and the
+length of episodes. Runs whose script or flags differ get a colour each, and a column for each flag that differs.
 
 "Solved" is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the final evaluation
 with sampled actions; the minutes are those since the start of training, compilation included.
 """
 
 import csv
-import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+ROOT = Path(__file__).resolve().parents[1]
+PANELS = (
+    ("charts/success_rate", "global_step", "environment steps"),
+    ("charts/success_rate", "elapsed", "minutes"),
+    ("charts/episodic_length", "global_step", "environment steps"),
+)
+# Flags that change the computation of a single seed no more than the seed does.
+FREE = "seed num_seeds checkpoint_interval resume evaluate eval_episodes capture_video track distributed".split()
 
 
 def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> tuple[int, float] | None:
@@ -34,41 +45,59 @@ def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> t
     return None
 
 
-def draw(curves: dict[tuple, list[dict]], path: Path):
-    """Success and length of the episodes of each update, a line a run, named by what tells it from the others."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    differs = [len(set(column)) > 1 for column in zip(*curves, strict=True)]
-    name_of = lambda setting: ", ".join(itertools.compress(setting, differs))
-    for axis, name in zip(figure.subplots(1, 2), ("charts/success_rate", "charts/episodic_length"), strict=True):
-        for setting, rows in curves.items():
-            points = [(int(row["global_step"]), float(row[name])) for row in rows if row[name]]
-            axis.plot(*zip(*points, strict=True), label=name_of(setting), linewidth=1, alpha=0.8)
-        axis.set(xlabel="environment steps", ylabel=name.removeprefix("charts/").replace("_", " "))
+def draw(curves: list[tuple[str, list[dict]]], path: Path):
+    """A line per seed, in the colour of its setting."""
+    settings = list(dict.fromkeys(setting for setting, _ in curves))
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axis, (metric, over, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        shown = set()
+        for setting, rows in curves:
+            points = [
+                (float(row[over]) / (60 if over == "elapsed" else 1), float(row[metric])) for row in rows if row[metric]
+            ]
+            name = None if setting in shown else setting
+            axis.plot(*zip(*points, strict=True), f"C{settings.index(setting)}", label=name, linewidth=1, alpha=0.7)
+            shown.add(setting)
+        axis.set(xlabel=label, ylabel=metric.removeprefix("charts/").replace("_", " "))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=150)
+    if len(settings) > 1:
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
-def main(folders: list[str]):
-    curves = {}
-    print("| script | corridor | chrono steps | seed | solved at step | minutes | final success, sampled | greedy |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+def main(name: str, folders: list[str]):
     runs = [(json.loads((Path(folder) / "args.json").read_text()), Path(folder)) for folder in folders]
-    for args, folder in sorted(runs, key=lambda run: (run[0]["exp_name"], run[0]["corridor_len"], run[0]["seed"])):
+    flags = dict.fromkeys(flag for args, _ in runs for flag in args if flag not in FREE)
+    differ = [flag for flag in flags if len({str(args.get(flag)) for args, _ in runs}) > 1]
+    lines = ["| " + " | ".join([*differ, "seed", "solved at step", "minutes", "success, sampled", "greedy"]) + " |"]
+    lines.append("| --- " * (len(differ) + 5) + "|")
+    curves, steps_to_solve = [], []
+    for args, folder in sorted(runs, key=lambda run: (*(str(run[0].get(flag)) for flag in differ), run[0]["seed"])):
         final = json.loads((folder / "evaluation.json").read_text())
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         for i in range(args["num_seeds"]):
             seed, sampled, greedy = args["seed"] + i, final["sampled"]["success"][i], final["greedy"]["success"][i]
-            chrono = args.get("chrono_steps", "-")
-            setting = args["exp_name"], f"corridor {args['corridor_len']}", f"chrono {chrono}", f"seed {seed}"
-            curves[setting] = own = [row for row in rows if int(row["seed"]) == seed]
-            solved = solved_at(own)
-            solved = solved if sampled >= 0.95 else None
+            own = [row for row in rows if int(row["seed"]) == seed]
+            values = [str(args.get(flag, "-")) for flag in differ]
+            curves.append((", ".join(values), own))
+            solved = solved_at(own) if sampled >= 0.95 else None
+            steps_to_solve.append(solved[0] if solved else float("inf"))
             step, minutes = (f"{solved[0]:,}", f"{solved[1]:.1f}") if solved else ("not", "-")
-            print(f"| {args['exp_name']} | {args['corridor_len']} | {chrono} | {seed} ", end="")
-            print(f"| {step} | {minutes} | {sampled:.3f} | {greedy:.3f} |")
-    draw(curves, Path(__file__).resolve().parents[1] / "docs" / "tmaze_curves.png")
+            lines.append(
+                "| " + " | ".join([*values, str(seed), step, minutes, f"{sampled:.3f}", f"{greedy:.3f}"]) + " |"
+            )
+    count, median = sum(step < float("inf") for step in steps_to_solve), statistics.median(steps_to_solve)
+    summary = f"Solved: {count} of {len(steps_to_solve)}" + (f", median {median:,.0f} steps." if not differ else ".")
+    text = f"Made by `python benchmarks/results.py {name} ...` from the folders of the runs.\n\n{summary}\n\n"
+    folder = ROOT / "docs" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text(text + "\n".join(lines) + "\n")
+    draw(curves, folder / f"{name}.png")
+    print(text + "\n".join(lines))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: python benchmarks/results.py NAME RUN_FOLDER [RUN_FOLDER ...]")
+    main(sys.argv[1], sys.argv[2:])

@@ -58,7 +58,7 @@ def test_links_lead_somewhere(page):
 def test_every_image_is_shown():
     """No image in docs/ is left over."""
     text = "".join(page.read_text() for page in PAGES)
-    for image in [*ROOT.glob("docs/*.png"), *ROOT.glob("docs/*.gif")]:
+    for image in [*ROOT.glob("docs/**/*.png"), *ROOT.glob("docs/**/*.gif")]:
         assert image.name in text, image
 
 
@@ -82,11 +82,12 @@ def test_commands_can_be_run(page):
 @pytest.mark.parametrize("preset", ROOT.glob("benchmarks/*.sh"), ids=lambda path: path.name)
 def test_presets_can_be_run(preset):
     """The scripts that benchmarks/*.sh start accept the flags that they get."""
-    commands = re.sub(r"^( *)python ", r"\1echo ", preset.read_text(), flags=re.M)
+    commands = re.sub(r"^( *)python ", r"\1echo ", preset.read_text(), flags=re.M)  # says what it would run
     done = subprocess.run(["bash", "-c", commands, preset, "3"], capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
         path, *flags = line.removeprefix("benchmarks/without_memory.py ").split()
-        assert load(Path(path).stem).parse_args(flags).seed == 3
+        name = Path(path).stem.replace("unaware", "agalite")  # a copy
+        assert load(name).parse_args(flags).seed == 3
     assert done.stdout
 
 

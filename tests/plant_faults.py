@@ -1,0 +1,187 @@
+"""Plants small faults, one at a time, in a copy of the repository, and says which tests catch each.
+
+    python tests/plant_faults.py            # all of them, about half an hour on one core
+    python tests/plant_faults.py gae clip   # those whose name contains one of the words
+
+Prints the table of docs/development.md. A fault is caught if one of the tests that belong to it fails. The exit status
+is the number of faults that were not caught.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TMAZE, WRAPPERS, CRAFTAX = "ppo_agalite_tmaze.py", "envs/wrappers.py", "ppo_agalite_craftax.py"
+PPO, MEMORY = "tests/test_ppo.py -k agalite_tmaze", "tests/test_memory.py -k agalite_tmaze"
+
+# name: file, text, faulty text, tests that should catch it
+FAULTS = {
+    "the memory is cleared a step late": (
+        TMAZE, "keep = 1.0 - reset[..., None, None]", "keep = 1.0 - jnp.roll(reset, 1, 0)[..., None, None]", MEMORY
+    ),
+    "the memory is never cleared": (
+        TMAZE, "keep = 1.0 - reset[..., None, None]", "keep = 1.0 - 0.0 * reset[..., None, None]", MEMORY
+    ),
+    "time is not counted from the start of an episode": (
+        TMAZE, "jnp.where(reset, 2, tick + 1)", "(tick + 1)", "tests/test_agalite.py"
+    ),
+    "time starts at 1": (
+        TMAZE, "jnp.where(reset, 2, tick + 1)", "jnp.where(reset, 1, tick + 1)", "tests/test_agalite.py"
+    ),
+    "both cosines of an odd r count twice": (TMAZE, ".at[self.args.r // 2 :].set(1.0)", "", "tests/test_agalite.py"),
+    "p1 and p2 are exchanged": (
+        TMAZE, "expand(p1, k), expand(p2, q)", "expand(p2, k), expand(p1, q)", "tests/test_agalite.py"
+    ),
+    "the gate's bias has the wrong sign": (
+        TMAZE, "nn.sigmoid(z_y + z_x - bias)", "nn.sigmoid(z_y + z_x + bias)", "tests/test_agalite.py"
+    ),
+    "GTrXL sees one step less": (
+        "ppo_gtrxl_tmaze.py", "(0 <= offset) & (offset <= M)", "(0 < offset) & (offset <= M)", "tests/test_gtrxl.py"
+    ),
+    "GTrXL sees other episodes": (
+        "ppo_gtrxl_tmaze.py", "visible = in_window & jnp.moveaxis(same_episode, -1, 1)",
+        "visible = in_window & jnp.moveaxis(same_episode | True, -1, 1)", "tests/test_memory.py -k gtrxl_tmaze"
+    ),
+    "an LSTM that is not reset": (
+        "ppo_lstm_tmaze.py", "jnp.where(reset[:, None], 0.0, m)", "m", "tests/test_memory.py -k lstm_tmaze"
+    ),
+    "the memory is not stored": (TMAZE, "obs=obs, reset=done, memory=memory)", "obs=obs, reset=done)", PPO),
+    "the memory after the rollout is learnt from": (
+        TMAZE, "learn(args, runner.train_state, learn_key, start.memory,",
+        "learn(args, runner.train_state, learn_key, runner.memory,", PPO
+    ),
+    "the first observation is not marked": (
+        TMAZE, "env_state=env_state, obs=obs, reset=done", "env_state=env_state, obs=obs", PPO
+    ),
+    "GAE takes the flag of the start for that of the end": (
+        TMAZE, "discount = gamma * (1 - transition.done)", "discount = gamma * (1 - transition.reset)", PPO
+    ),
+    "GAE leaves out the last value": (
+        TMAZE, "(jnp.zeros_like(last_value), last_value)", "(0 * last_value, 0 * last_value)", PPO
+    ),
+    "GAE goes on past the end": (
+        TMAZE, "advantage = delta + discount * gae_lambda", "advantage = delta + gamma * gae_lambda", PPO
+    ),
+    "value targets use the other lambda": (
+        TMAZE, "args.gamma, args.critic_lambda)", "args.gamma, args.gae_lambda)", PPO
+    ),
+    "the ratio has the log-probability of another step": (
+        TMAZE, "batch.action) - batch.log_prob", "batch.action) - jnp.roll(batch.log_prob, 1, 0)", PPO
+    ),
+    "the ratio is clipped on the wrong side": (
+        TMAZE, "-jnp.minimum(ratio * advantage", "-jnp.maximum(ratio * advantage", PPO
+    ),
+    "the value is clipped the wrong way": (
+        TMAZE, "jnp.maximum(squared_error, jnp.square", "jnp.minimum(squared_error, jnp.square", PPO
+    ),
+    "the entropy bonus is a penalty": (TMAZE, "policy_loss - args.ent_coef", "policy_loss + args.ent_coef", PPO),
+    "advantages keep their mean": (TMAZE, "(advantage - advantage.mean())", "advantage", PPO),
+    "a minibatch has the memory of other environments": (
+        TMAZE, "lambda x: choose(x, chosen), memory)", "lambda x: choose(x, (chosen + 1) % M), memory)", PPO
+    ),
+    "a minibatch has environments twice": (
+        TMAZE, "jax.random.permutation(key, M)", "jax.random.randint(key, (M,), 0, M)", PPO
+    ),
+    "the learning rate is not annealed": (
+        TMAZE, "* (1 - update / self.num_updates if self.anneal_lr else 1.0)", "", PPO
+    ),
+    "the learning rate ends an update too soon": (
+        TMAZE, "(1 - update / self.num_updates", "(1 - (update + 1) / self.num_updates", PPO
+    ),
+    "gradients are not clipped": (
+        TMAZE, "optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)", "optax.chain(adam)", PPO
+    ),
+    "each update has the same noise": (TMAZE, "start = runner._replace(key=key, ", "start = runner._replace(", PPO),
+    "each seed has the same noise": (
+        TMAZE, "init(args, env, agent, jax.random.key(seed))", "init(args, env, agent, jax.random.key(0 * seed))",
+        "tests/test_cli.py -k several_seeds"
+    ),
+    "the value ignores the time limit": (
+        TMAZE, "        value = value * (1 - self.args.gamma**steps_left)", "        value = value * 1.0", PPO
+    ),
+    "the time limit comes a step too late": (
+        TMAZE, "self.args.gamma**steps_left", "self.args.gamma**(steps_left + 1)", PPO
+    ),
+    "means are over all steps": (
+        TMAZE, "jnp.sum(x * transitions.done) / jnp.maximum(num_ended, 1)", "jnp.sum(x) / jnp.maximum(num_ended, 1)",
+        "tests/test_ppo.py tests/test_cli.py -k agalite_tmaze"
+    ),
+    "an evaluation counts later episodes": (
+        TMAZE, "jnp.where(done & ~finished, info[name], old)", "jnp.where(done, info[name], old)",
+        "tests/test_cli.py tests/test_ppo.py -k agalite_tmaze"
+    ),
+    "a checkpoint has another key": (
+        TMAZE, "args=ocp.args.StandardSave(state))",
+        "args=ocp.args.StandardSave(state._replace(key=jax.vmap(jax.random.key)(jnp.arange(num_seeds)))))",
+        "tests/test_faults.py -k killed"
+    ),
+    "a resumed run repeats a row": (
+        TMAZE, 'int(row["update"]) <= start]', 'int(row["update"]) <= start + 1]', "tests/test_faults.py -k killed"
+    ),
+    "NaN is saved": (TMAZE, "if not np.isfinite(value)]", "if value is None]", "tests/test_faults.py -k diverging"),
+    "noise is drawn in each step": (
+        WRAPPERS, "return jnp.append(state.noise, obs), state._replace",
+        "return jnp.append(jax.random.normal(key, (self.size,)), obs), state._replace",
+        "tests/test_wrappers.py"
+    ),
+    "all environments reset to the same state": (
+        WRAPPERS, "math.gcd(self.num_fresh, 4)", "1", "tests/test_wrappers.py"
+    ),
+    "the pool is not refreshed": (
+        WRAPPERS, "state._replace(pool=self._draw_pool(key, params), used=", "state._replace(used=", "tests/test_wrappers.py"
+    ),
+    "the return goes on after the end": (
+        WRAPPERS, "jnp.where(done, new, old), (first_obs, first_state), (obs, state))",
+        "jnp.where(done, new, old), (first_obs, first_state._replace(episodic_return=state.episodic_return)), (obs, state))",
+        "tests/test_wrappers.py"
+    ),
+    "the cue is seen twice": (
+        "envs/tmaze.py", "self._observation(jnp.zeros(2),", "self._observation(jnp.ones(2) * (state.time == 1),",
+        "tests/test_tmaze.py"
+    ),
+    "the junction costs nothing": (
+        "envs/tmaze.py", "jnp.where(success, 4.0, -1.0), -0.1)",
+        "jnp.where(success, 4.0, -1.0), -0.1 * ~(state.position == junction))", "tests/test_tmaze.py"
+    ),
+    "Mystery Path: a fall goes unseen": (
+        "envs/mysterypath.py", "8 * state.off_path + state.rotation", "state.rotation", "tests/test_mysterypath.py"
+    ),
+    "Craftax: bits in the wrong order": (
+        "envs/craftax.py", "packbits(view != 0, axis=-1)", 'packbits(view != 0, axis=-1, bitorder="little")',
+        "tests/test_craftax.py"
+    ),
+}  # fmt: skip
+
+
+def caught_by(file: str, text: str, faulty: str, tests: str) -> str | None:
+    """The first test that fails with the fault, None if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "docs"))
+        source = (copy / file).read_text()
+        assert source.count(text) == 1, f"{file} has {source.count(text)} times: {text}"
+        (copy / file).write_text(source.replace(text, faulty))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M)
+    assert done.returncode in (0, 1) and bool(failed) == (done.returncode == 1), done.stdout[-2000:] + done.stderr
+    return failed[1] if failed else None
+
+
+def main(words: list[str]) -> int:
+    missed = 0
+    print("| fault | caught by |\n| --- | --- |")
+    for name, fault in FAULTS.items():
+        if not words or any(word in name for word in words):
+            test = caught_by(*fault)
+            missed += test is None
+            print(f"| {name} | {f'`{test}`' if test else '**nothing**'} |", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
