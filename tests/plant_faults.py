@@ -132,12 +132,11 @@ FAULTS = {
         WRAPPERS, "math.gcd(self.num_fresh, 4)", "1", "tests/test_wrappers.py"
     ),
     "the pool is not refreshed": (
-        WRAPPERS, "state._replace(pool=self._draw_pool(key, params), used=", "state._replace(used=", "tests/test_wrappers.py"
+        WRAPPERS, "_replace(pool=self._draw_pool(key, params), ", "_replace(", "tests/test_wrappers.py"
     ),
     "the return goes on after the end": (
-        WRAPPERS, "jnp.where(done, new, old), (first_obs, first_state), (obs, state))",
-        "jnp.where(done, new, old), (first_obs, first_state._replace(episodic_return=state.episodic_return)), (obs, state))",
-        "tests/test_wrappers.py"
+        WRAPPERS, "(first_obs, first_state), (obs, state))",
+        "(first_obs, first_state._replace(episodic_return=state.episodic_return)), (obs, state))", "tests/test_wrappers.py"
     ),
     "the cue is seen twice": (
         "envs/tmaze.py", "self._observation(jnp.zeros(2),", "self._observation(jnp.ones(2) * (state.time == 1),",
