@@ -136,7 +136,8 @@ FAULTS = {
     ),
     "the return goes on after the end": (
         WRAPPERS, "(first_obs, first_state), (obs, state))",
-        "(first_obs, first_state._replace(episodic_return=state.episodic_return)), (obs, state))", "tests/test_wrappers.py"
+        "(first_obs, first_state._replace(episodic_return=state.episodic_return)), (obs, state))",
+        "tests/test_wrappers.py"
     ),
     "the cue is seen twice": (
         "envs/tmaze.py", "self._observation(jnp.zeros(2),", "self._observation(jnp.ones(2) * (state.time == 1),",
