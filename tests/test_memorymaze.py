@@ -22,13 +22,25 @@ from envs.memorymaze import (
     MemoryMaze,
     MissingDependency,
     Renderer,
+    check_requirements,
     choose_renderer,
     episode_seed,
 )
 from envs.workers import Workers
 
-installed = importlib.util.find_spec("memory_maze") is not None
-needs_package = pytest.mark.skipif(not installed, reason="memory-maze is not installed (Python 3.13 on)")
+
+def what_is_missing() -> str:
+    """The sentence of MissingDependency, which says what to install; empty if nothing is missing."""
+    try:
+        check_requirements()
+    except MissingDependency as error:
+        return str(error)
+    return ""
+
+
+missing = what_is_missing()
+installed = not missing
+needs_package = pytest.mark.skipif(not installed, reason=missing)
 FORWARD, RIGHT = ACTIONS.index("forward"), ACTIONS.index("right")
 
 
