@@ -48,7 +48,7 @@ def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> t
 def draw(curves: list[tuple[str, list[dict]]], path: Path):
     """A line per seed, in the colour of its setting."""
     settings = list(dict.fromkeys(setting for setting, _ in curves))
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(12, 3.2 if len(settings) == 1 else 4), layout="constrained")
     for axis, (metric, over, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         shown = set()
         for setting, rows in curves:
@@ -62,7 +62,7 @@ def draw(curves: list[tuple[str, list[dict]]], path: Path):
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
     if len(settings) > 1:
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -80,7 +80,8 @@ def main(name: str, folders: list[str]):
             seed, sampled, greedy = args["seed"] + i, final["sampled"]["success"][i], final["greedy"]["success"][i]
             own = [row for row in rows if int(row["seed"]) == seed]
             values = [str(args.get(flag, "-")) for flag in differ]
-            curves.append((", ".join(values), own))
+            named = [x if flag == "exp_name" else f"{flag} {x}" for flag, x in zip(differ, values, strict=True)]
+            curves.append((", ".join(named), own))
             solved = solved_at(own) if sampled >= 0.95 else None
             steps_to_solve.append(solved[0] if solved else float("inf"))
             step, minutes = (f"{solved[0]:,}", f"{solved[1]:.1f}") if solved else ("not", "-")
