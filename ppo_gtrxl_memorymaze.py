@@ -537,8 +537,8 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     """Runs updates start + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
     signals, writer, steps, chief = [], None, args.batch_size, jax.process_index() == 0
     note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # the next one kills
-    stop_signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-    noted = {n: signal.signal(n, note) for n in stop_signals if signal.getsignal(n) != signal.SIG_IGN}  # by nohup
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)

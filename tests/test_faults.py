@@ -115,7 +115,7 @@ def test_nohup_is_respected(script, tmp_path):
 @pytest.mark.parametrize("script", FIRST)
 def test_signal_after_training_ends_the_run(script, tmp_path):
     """Nothing is left to save during the evaluation, so the first signal ends the run."""
-    process = start(script, "--total-timesteps", BATCH, "--eval-episodes", 10**6, cwd=tmp_path)
+    process = start(script, "--total-timesteps", BATCH, "--eval-episodes", 10**5, cwd=tmp_path)
     wait_for_row(process, tmp_path, 1)
     deadline = time.time() + PATIENCE
     while not list(tmp_path.glob("runs/*/learning_curve.png")):
