@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -12,6 +13,9 @@ def pytest_configure(config):
     """The folder is shared by all processes of a test session, the scripts that tests start included."""
     if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist, which inherit the environment
         os.environ["COMPILED_FOR_TESTS"] = tempfile.mkdtemp()
+    # The processes that tests start must not inherit that nohup or a shell's background job ignores a signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_unconfigure(config):
