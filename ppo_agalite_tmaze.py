@@ -2,7 +2,7 @@
 
     python ppo_agalite_tmaze.py --corridor-len 160
 
-The agent sees a cue at the start of a corridor. At the other end, after 160 cells, it must turn the way the cue said.
+The agent sees a cue at the start of a corridor. At the other end, 159 steps later, it must turn as the cue showed.
 Its memory is AGaLiTe (Pramanik et al., TMLR 2024, arXiv 2310.15719); it is trained with PPO (Schulman et al. 2017).
 
 What to learn here:
@@ -286,7 +286,7 @@ class ActorCritic(nn.Module):
         actor, critic = nn.tanh(dense(self.args.d_actor)(x)), nn.tanh(dense(self.args.d_critic)(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.1))(actor) + noise  # (T, B, A)
         value = dense(1, bias_init=constant(self.args.initial_value))(critic)
-        value = value * (1 - self.args.gamma**steps_left)  # a sum of steps_left terms, as nothing follows
+        value = value * (1 - self.args.gamma**steps_left)  # 0 at the time limit, where nothing follows
         return logits, value.squeeze(-1), memory  # (T, B, A), (T, B)
 
 
@@ -466,7 +466,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
     free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # not part of the computation
-    free += "" if saved.anneal_lr else " total_timesteps"  # of which the learning rate depends if it anneals
+    free += "" if saved.anneal_lr else " total_timesteps"  # on which an annealed learning rate depends
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
@@ -550,7 +550,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
         stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # stops all processes alike
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
-                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # or `restore` had read them
+                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # `restore` passed over them
                     checkpoints.delete(unreadable)
                 checkpoints.save(number, args=ocp.args.StandardSave(state))
             except Exception as error:  # a full disk is a ValueError of tensorstore

@@ -399,7 +399,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
     free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # not part of the computation
-    free += "" if saved.anneal_lr else " total_timesteps"  # of which the learning rate depends if it anneals
+    free += "" if saved.anneal_lr else " total_timesteps"  # on which an annealed learning rate depends
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
@@ -471,7 +471,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
         stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # stops all processes alike
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
-                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # or `restore` had read them
+                for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # `restore` passed over them
                     checkpoints.delete(unreadable)
                 checkpoints.save(number, args=ocp.args.StandardSave(state))
             except Exception as error:  # a full disk is a ValueError of tensorstore

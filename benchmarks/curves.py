@@ -1,4 +1,4 @@
-"""Learning curves of several runs in one picture: a colour for each experiment, a thin line for each run, their mean.
+"""Learning curves of several runs in one image: a colour for each experiment, a thin line for each run, their mean.
 
     python benchmarks/curves.py docs/craftax_curves.png charts/score runs/Craftax-Classic*
 
@@ -55,9 +55,9 @@ def main(path: str, metric: str, folders: list[str], window: float):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", help="the file to write")
+    parser.add_argument("image", help="the file to write")
     parser.add_argument("metric", help="a column of metrics.csv")
     parser.add_argument("folders", nargs="+", help="of runs")
     parser.add_argument("--window", type=float, default=0.02, help="share of a run that a point is the mean of")
     args = parser.parse_args()
-    main(args.picture, args.metric, args.folders, args.window)
+    main(args.image, args.metric, args.folders, args.window)

@@ -1,4 +1,4 @@
-"""The encoders of pictures as the scripts run them, in pieces, against all pictures at once and XLA's own convolutions.
+"""The encoders of images as the scripts run them, in pieces, against all images at once and XLA's own convolutions.
 
     python benchmarks/encoder.py [--batch 128]
 
@@ -24,7 +24,7 @@ LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 
 class InPieces(nn.Module):
-    """The encoder as the agents of pictures call it."""
+    """The encoder as the agents of images call it."""
 
     encoder: type[nn.Module]
 
@@ -67,7 +67,7 @@ def milliseconds(function, *inputs) -> float:
 
 
 def main(batch: int) -> None:
-    print(f"{batch} pictures, eight of them a time step, on {jax.devices()[0].device_kind}\n")
+    print(f"{batch} images, eight of them a time step, on {jax.devices()[0].device_kind}\n")
     print("| encoder | | ours, ms | at once, ms | ratio | nn.Conv, ms | ratio |\n" + "| --- " * 7 + "|")
     for name, encoder, size in (
         ("Mystery Path", ppo_agalite_mysterypath.ConvEncoder, 84),
@@ -93,7 +93,7 @@ def main(batch: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128, help="pictures")
+    parser.add_argument("--batch", type=int, default=128, help="images")
     batch = parser.parse_args().batch
     if batch < 8 or batch % 8:
         parser.error(f"--batch {batch}: must be a multiple of 8")

@@ -60,7 +60,7 @@ def one_core(size: str):
     package.reset()
     ours.reset(seed=1)
     actions = endless_actions(0), endless_actions(0)
-    for step in (ours.step, package.step):  # the first pictures take longer
+    for step in (ours.step, package.step):  # the first images take longer
         steps_per_second(step, endless_actions(1))
     for _ in range(ROUNDS):
         rates.append((steps_per_second(ours.step, actions[0]), steps_per_second(package.step, actions[1])))

@@ -3,6 +3,8 @@
     python ppo_agalite_tmaze.py --evaluate runs/tmaze__... --capture-video      # and so on: saves episode.gif
     python benchmarks/showcase.py docs/tasks.gif runs/tmaze__... runs/MysteryPath... runs/Craftax... runs/MemoryMaze...
 
+with --steps 165 --every 3 for that of README.
+
 Shows the first --steps steps of each episode. A shorter one stays at its end until the animation starts again.
 """
 

@@ -1,4 +1,4 @@
-"""Runs a script with its agent's memory taken away, to compare with: every step is told to be the first of an episode.
+"""Runs a script with its agent's memory taken away, to compare with: the memory is reset at every step.
 
     python benchmarks/without_memory.py ppo_agalite_mysterypath.py --total-timesteps 5e5
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def forgetful(agent: type) -> type:
-    """The same agent, told at every step that an episode begins."""
+    """The same agent, whose memory is reset at every step."""
 
     class Forgetful(agent):
         def __call__(self, obs, reset, memory):

@@ -1,6 +1,6 @@
 """The T-Maze of the AGaLiTe paper (Pramanik et al. 2024, after Bakker 2001), in pure JAX.
 
-A cue is shown at the first step of a corridor. At the other end the agent must turn the way the cue said, so it must
+A cue is shown at the first step of a corridor. At the other end the agent must turn as the cue showed, so it must
 remember the cue on the way. Every function is pure and takes one environment: `jax.vmap` makes the batch.
 """
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TMAZE, WRAPPERS, CRAFTAX = "ppo_agalite_tmaze.py", "envs/wrappers.py", "ppo_agalite_craftax.py"
+TMAZE, WRAPPERS = "ppo_agalite_tmaze.py", "envs/wrappers.py"
 PPO, MEMORY = "tests/test_ppo.py -k agalite_tmaze", "tests/test_memory.py -k agalite_tmaze"
 
 # name: file, text, faulty text, tests that should catch it

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 OTHERS = {"--no-deps", "--ntasks", "--gpus-per-task", "--durations", "--dist", "--check", "--user"}  # of pip, srun, ...
-# Flags of earlier commits, which docs/tmaze.md explains.
+# Flags of earlier commits, which docs/tmaze_earlier.md explains.
 EARLIER = {"--gate-init", "--critic-bias", "--cautious-entropy"}
 OURS = re.compile(r"^(benchmarks/|tests/|ppo_)\S*\.(py|sh)$")
 
@@ -155,13 +155,14 @@ def test_a_memory_of_your_own_passes_the_tests(tmp_path):
     assert done.returncode == 0 and int(passed[1]) >= 20, done.stdout[-3000:]
 
 
-def test_an_environment_of_your_own_trains():
-    """The environment of docs/your_own.md in the T-Maze's script, with its make_env: an episode, and two updates."""
+def test_an_environment_of_your_own_plays():
+    """The environment of docs/your_own.md within the wrappers of its make_env: an episode that succeeds."""
     script, names = load("ppo_lstm_tmaze"), {}
     exec(block_with("class Recall:"), names)
     wrappers = {name: getattr(script, name) for name in ("AutoReset", "EpisodeStatistics", "VectorEnv")}
     code = block_with("Recall(args.delay)").replace("args.delay", "3").replace("args: Args", "args")
-    exec(code, names | wrappers, names := names | wrappers)
+    names |= wrappers
+    exec(code, names)
     env = names["make_env"](None, 4)
     obs, state = env.reset(jax.random.key(0), env.default_params)
     shown = obs.argmax(-1)

@@ -237,7 +237,7 @@ def test_signals_are_left_to_the_parent(tmp_path, number):
     """All processes get them, as from a terminal; the workers go on to serve until they are closed."""
     program, pids, _ = start(tmp_path, "time.sleep(60)", after="print(envs.reset(seed=1)[0].shape)")
     os.killpg(program.pid, number)
-    written, _ = program.communicate(timeout=60)
+    written, _ = program.communicate(timeout=600)
     assert written == "interrupted\n(2, 2)\nclosed\n"
     assert program.returncode == 0 and not any(alive(pid) for pid in pids)
 
@@ -246,5 +246,5 @@ def test_signals_are_left_to_the_parent(tmp_path, number):
 @pytest.mark.parametrize("action", ["pass", "envs.step_async(np.array([WAIT, LOOP]))"])
 def test_a_program_that_does_not_close_ends(tmp_path, action):
     program, pids, _ = start(tmp_path, action)
-    assert program.communicate(timeout=30) == ("", None)
+    assert program.communicate(timeout=600) == ("", None)
     assert program.returncode == 0 and not any(alive(pid) for pid in pids)
