@@ -20,7 +20,6 @@ import fcntl
 import functools
 import importlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -33,12 +32,11 @@ from typing import Literal, get_args
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.results import solved_at
+from benchmarks.results import interval, solved_at
 
 ROOT = Path(__file__).resolve().parents[1]
 Model = Literal["agalite", "galite", "gtrxl", "lstm", "gru"]
@@ -185,13 +183,6 @@ def train(waiting: list[Run], at_once: int) -> None:
             process.terminate()
         for _, _, process in running.values():
             process.wait()
-
-
-def interval(values) -> tuple[float, float]:
-    """Mean and half of its 95% interval; NaN for a single value."""
-    n = len(values)
-    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), float(half)
 
 
 def best(trials: list[Run]) -> float | None:

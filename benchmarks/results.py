@@ -1,68 +1,96 @@
-"""Tables and curves of T-Maze runs, from the folders that they have left.
+"""A table and curves of runs, from the folders that they have left.
 
-    python benchmarks/results.py tmaze runs/tmaze__ppo_agalite_tmaze__*
+    python benchmarks/results.py docs/results/tmaze runs/tmaze__ppo_agalite_tmaze__*
 
-writes docs/results/tmaze.md, a row per seed, and docs/results/tmaze.png: success over steps and over minutes, and the
-length of episodes. Runs whose script or flags differ get a colour each, and a column for each flag that differs.
+writes docs/results/tmaze.md, a row per seed, and docs/results/tmaze.png: what the task is measured by and the length of
+episodes over steps and over minutes. Runs whose script or flags differ get a colour each, and a column for each flag
+that differs. A thin line is a seed, a thick one the mean of several; a point is the mean of the last 100 episodes, at
+the start of a run of 20 or more.
 
-"Solved" is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the final evaluation
-with sampled actions; the minutes are those since the start of training, compilation included.
+"Solved", on the T-Maze, is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the
+final evaluation with sampled actions. Minutes are those since the start of training, compilation included. ± is a 95%
+interval over seeds (Student's t).
 """
 
+import collections
 import csv
 import json
+import math
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from scipy.stats import t as student
 
-ROOT = Path(__file__).resolve().parents[1]
-PANELS = (
-    ("charts/success_rate", "global_step", "environment steps"),
-    ("charts/success_rate", "elapsed", "minutes"),
-    ("charts/episodic_length", "global_step", "environment steps"),
-)
+# What a task is measured by: results of the evaluation. The first one is drawn.
+OUTCOMES = {"tmaze": ["success"], "MysteryPath": ["episodic_return", "success"], "Craftax": ["score"]}
 # Flags that change the computation of a single seed no more than the seed does.
 FREE = "seed num_seeds checkpoint_interval resume evaluate eval_episodes capture_video track distributed".split()
 
 
-def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> tuple[int, float] | None:
-    """-> global_step and minutes of the first update with that success over the last so many episodes, if there is one.
+def recent(rows: list[dict], metric: str, episodes: int) -> Iterator[tuple[dict, float, int]]:
+    """-> each update in which episodes have ended, the metric's mean over the last so many episodes, and their number.
 
-    Updates are whole: the window is of the fewest last updates that hold at least `episodes` episodes.
+    Updates are whole: the window is of the fewest last updates that hold at least `episodes` episodes, or of all.
     """
-    window: list[tuple[float, float]] = []  # (episodes, successes) of an update
+    window: list[tuple[float, float]] = []  # (episodes, sum of the metric) of an update
     for row in rows:
         ended = float(row["charts/episodes"])
-        window.append((ended, ended * float(row["charts/success_rate"] or 0)))
-        while sum(n for n, _ in window[1:]) >= episodes:
-            window.pop(0)
-        total = sum(n for n, _ in window)
-        if total >= episodes and sum(k for _, k in window) >= success * total:
+        if ended:
+            window.append((ended, ended * float(row[metric])))
+            while sum(n for n, _ in window[1:]) >= episodes:
+                window.pop(0)
+            total = sum(n for n, _ in window)
+            yield row, sum(x for _, x in window) / total, int(total)
+
+
+def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> tuple[int, float] | None:
+    """-> global_step and minutes of the first update with that success over the last so many episodes, if any."""
+    for row, mean, number in recent(rows, "charts/success_rate", episodes):
+        if number >= episodes and mean >= success:
             return int(row["global_step"]), float(row["elapsed"]) / 60
     return None
 
 
-def draw(curves: list[tuple[str, list[dict]]], path: Path):
-    """A line per seed, in the colour of its setting."""
-    settings = list(dict.fromkeys(setting for setting, _ in curves))
-    figure = Figure(figsize=(12, 3.2 if len(settings) == 1 else 4), layout="constrained")
-    for axis, (metric, over, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        shown = set()
-        for setting, rows in curves:
-            points = [
-                (float(row[over]) / (60 if over == "elapsed" else 1), float(row[metric])) for row in rows if row[metric]
-            ]
-            name = None if setting in shown else setting
-            axis.plot(*zip(*points, strict=True), f"C{settings.index(setting)}", label=name, linewidth=1, alpha=0.7)
-            shown.add(setting)
-        axis.set(xlabel=label, ylabel=metric.removeprefix("charts/").replace("_", " "))
+def interval(values) -> tuple[float, float]:
+    """Mean and half of its 95% interval; NaN for a single value."""
+    n = len(values)
+    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), float(half)
+
+
+def cell(values: list[float]) -> str:
+    """Their mean, with its interval if there are several."""
+    form = ".3f" if max(np.abs(values)) < 10 else ".1f"
+    return " ± ".join(f"{x:{form}}" for x in interval(values)[: len(values)])
+
+
+def draw(settings: dict[str, list[list[dict]]], outcome: str, path: Path):
+    """A colour per setting, a thin line per seed, a thick one for their mean."""
+    metric = "charts/success_rate" if outcome == "success" else f"charts/{outcome}"
+    panels = [(metric, "global_step"), (metric, "elapsed")]
+    if len({row["charts/episodic_length"] for seeds in settings.values() for rows in seeds for row in rows}) > 2:
+        panels.append(("charts/episodic_length", "global_step"))  # not on Memory Maze, where all are equally long
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    for axis, (shown, over) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for number, (name, seeds) in enumerate(settings.items()):
+            points = [[(float(row[over]), y) for row, y, n in recent(rows, shown, 100) if n >= 20] for rows in seeds]
+            curves = [np.array(seed).T / [[60 if over == "elapsed" else 1], [1]] for seed in points if seed]
+            for x, y in curves:
+                axis.plot(x, y, f"C{number}", linewidth=0.8, alpha=0.5)
+            if over == "global_step" and curves:  # minutes depend on what else a machine does
+                x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
+                mean = np.mean([np.interp(x, *curve) for curve in curves], axis=0)
+                axis.plot(x, mean, f"C{number}", linewidth=2, label=name)
+        axis.set(xlabel={"elapsed": "minutes"}.get(over, "environment steps"))
+        axis.set(ylabel=shown.removeprefix("charts/").replace("_", " "))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
-    if len(settings) > 1:
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -70,32 +98,46 @@ def main(name: str, folders: list[str]):
     runs = [(json.loads((Path(folder) / "args.json").read_text()), Path(folder)) for folder in folders]
     flags = dict.fromkeys(flag for args, _ in runs for flag in args if flag not in FREE)
     differ = [flag for flag in flags if len({str(args.get(flag)) for args, _ in runs}) > 1]
-    lines = ["| " + " | ".join([*differ, "seed", "solved at step", "minutes", "success, sampled", "greedy"]) + " |"]
-    lines.append("| --- " * (len(differ) + 5) + "|")
-    curves, steps_to_solve = [], []
-    for args, folder in sorted(runs, key=lambda run: (*(str(run[0].get(flag)) for flag in differ), run[0]["seed"])):
+    task = next((task for task in OUTCOMES if runs[0][1].name.startswith(task)), None)
+    outcomes = OUTCOMES.get(task, ["episodic_return"])
+
+    settings = collections.defaultdict(list)  # values of the flags that differ -> (seed, rows, evaluation), ...
+    for args, folder in sorted(runs, key=lambda run: run[0]["seed"]):
         final = json.loads((folder / "evaluation.json").read_text())
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
-        for i in range(args["num_seeds"]):
-            seed, sampled, greedy = args["seed"] + i, final["sampled"]["success"][i], final["greedy"]["success"][i]
-            own = [row for row in rows if int(row["seed"]) == seed]
-            values = [str(args.get(flag, "-")) for flag in differ]
-            named = [x if flag == "exp_name" else f"{flag} {x}" for flag, x in zip(differ, values, strict=True)]
-            curves.append((", ".join(named), own))
-            solved = solved_at(own) if sampled >= 0.95 else None
-            steps_to_solve.append(solved[0] if solved else float("inf"))
-            step, minutes = (f"{solved[0]:,}", f"{solved[1]:.1f}") if solved else ("not", "-")
-            lines.append(
-                "| " + " | ".join([*values, str(seed), step, minutes, f"{sampled:.3f}", f"{greedy:.3f}"]) + " |"
-            )
-    count, median = sum(step < float("inf") for step in steps_to_solve), statistics.median(steps_to_solve)
-    summary = f"Solved: {count} of {len(steps_to_solve)}" + (f", median {median:,.0f} steps." if not differ else ".")
-    text = f"Made by `python benchmarks/results.py {name} ...` from the folders of the runs.\n\n{summary}\n\n"
-    folder = ROOT / "docs" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.md").write_text(text + "\n".join(lines) + "\n")
-    draw(curves, folder / f"{name}.png")
-    print(text + "\n".join(lines))
+        for i in range(args.get("num_seeds", 1)):
+            seed = args["seed"] + i
+            own = [row for row in rows if int(row.get("seed", seed)) == seed]
+            results = {(kind, x): final[kind][x][i] for x in outcomes for kind in ("sampled", "greedy")}
+            settings[tuple(str(args.get(flag, "-")) for flag in differ)].append((seed, own, results))
+
+    cells = [[*differ, "seed", *(["solved at step"] if task == "tmaze" else []), "minutes"]]
+    cells[0] += [f"{x.replace('episodic_', '')}, {kind}" for x in outcomes for kind in ("sampled", "greedy")]
+    for values, seeds in sorted(settings.items()):
+        steps = []
+        for seed, rows, results in seeds:
+            minutes = [f"{float(rows[-1]['elapsed']) / 60:.1f}"]
+            if task == "tmaze":
+                solved = solved_at(rows) if results["sampled", "success"] >= 0.95 else None
+                steps.append(solved[0] if solved else float("inf"))
+                minutes = [f"{solved[0]:,}", f"{solved[1]:.1f}"] if solved else ["not", "-"]
+            cells.append([*values, str(seed), *minutes, *(cell([x]) for x in results.values())])
+        if len(seeds) > 1:
+            median = statistics.median(steps or [0])
+            count = f"{sum(step < float('inf') for step in steps)} of {len(steps)}"
+            solved = [count + (f", median {median:,.0f}" if median < float("inf") else "")] if steps else []
+            means = [cell([results[key] for *_, results in seeds]) for key in seeds[0][2]]
+            cells.append([*values, "**all**", *solved, "", *means])
+    lines = ["| " + " | ".join(row) + " |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]]]
+    text = f"Made by `python benchmarks/results.py {name} ...` from the folders of the runs.\n\n" + "\n".join(lines)
+    Path(f"{name}.md").write_text(text + "\n")
+    label = lambda flag, value: value if flag == "exp_name" else f"{flag} {value}"
+    named = {
+        ", ".join(map(label, differ, values)) or runs[0][0]["exp_name"]: [rows for _, rows, _ in seeds]
+        for values, seeds in sorted(settings.items())
+    }
+    draw(named, outcomes[0], Path(f"{name}.png"))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # What each piece of the T-Maze recipe is worth: AGaLiTe at corridor 160 without one of them.
 # 1.5M steps, 4 to 5 minutes on one core per seed and piece. Then
 #
-#     python benchmarks/results.py tmaze_ablation runs/tmaze__*
+#     python benchmarks/results.py docs/results/tmaze_ablation runs/tmaze__*
 #
 # writes docs/results/tmaze_ablation.md.
 #

@@ -1,5 +1,5 @@
-"""benchmarks/results.py decides what README calls solved, corridors.py and curves.py what its other results look like,
-benchmarks/without_memory.py what a memory is worth."""
+"""benchmarks/results.py decides what README calls solved and what tables and curves show, corridors.py does so over the
+length of the corridor, benchmarks/without_memory.py shows what a memory is worth."""
 
 import dataclasses
 import json
@@ -12,9 +12,8 @@ import pytest
 from common import FIRST, assert_close, build, load, quick_jit, random_observations, small_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from corridors import Run, alone, best, interval
-from curves import smooth
-from results import solved_at
+from corridors import Run, alone, best
+from results import interval, recent, solved_at
 from without_memory import forgetful
 
 
@@ -111,10 +110,12 @@ def test_interval_is_students():
     assert np.isnan(interval([1.0])[1])
 
 
-def test_smoothed_curves_look_back_and_pass_over_gaps():
-    """A value is the mean of the last ones, gaps left out; where there are none it is a gap."""
-    smoothed = smooth(np.array([np.nan, 1.0, 3.0, np.nan, np.nan, 7.0]), 2)
-    np.testing.assert_array_equal(smoothed, [np.nan, 1, 2, 3, np.nan, 7])
+def test_curves_look_back_as_far_as_needed():
+    """Over whole updates, weighted by their episodes, without those in which none ended."""
+    rows = rows_of((1, 0.0), (0, ""), (3, 1.0), (2, 0.5), (8, 0.0))
+    assert [(mean, number) for _, mean, number in recent(rows, "charts/success_rate", 5)] == [
+        (0, 1), (0.75, 4), (0.8, 5), (0, 8)
+    ]  # fmt: skip
 
 
 def test_without_memory_no_step_knows_of_another():
