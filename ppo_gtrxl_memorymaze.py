@@ -35,7 +35,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import scipy.stats
 import tyro
 import wandb
 from flax.linen.initializers import constant, lecun_normal, orthogonal
@@ -44,6 +43,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 from envs.memorymaze import MAX_STEPS, MissingDependency, record_video
@@ -602,7 +602,7 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
         policy = functools.partial(act_jit, params, kind == "greedy")
         returns, lengths = host_evaluate(args, envs, initial_memory, policy).T
         results[kind] = {"episodic_return": [returns.mean()], "episodic_length": [lengths.mean()]}
-        half = scipy.stats.t.ppf(0.975, len(returns) - 1) * scipy.stats.sem(returns)  # of the 95% interval, Student's t
+        half = stdtrit(len(returns) - 1, 0.975) * returns.std(ddof=1) / math.sqrt(len(returns))  # 95%, Student's t
         print(f"Evaluation, {kind} actions, {len(returns)} episodes: episodic_return {returns.mean():.3g} ± {half:.2g}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:

@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import scipy.stats
 import tyro
 import wandb
 from flax.linen.initializers import constant, orthogonal
@@ -40,6 +39,7 @@ from flax.training.train_state import TrainState
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 from envs.mysterypath import MysteryPath
@@ -445,7 +445,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
         key, env_state, obs, reset, memory, finished, results = carry
         key, action_key, env_key = jax.random.split(key, 3)
         logits, _, memory = agent.apply(params, obs[None], reset[None], memory)
-        action = logits[0].argmax(-1) if greedy else jax.random.categorical(action_key, logits[0])
+        action = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(action_key, logits[0]))
         obs, env_state, _, done, info = env.step(env_key, env_state, action, env.default_params)
         results = {name: jnp.where(done & ~finished, info[name], old) for name, old in results.items()}
         return key, env_state, obs, done, memory, finished | done, results
@@ -583,14 +583,14 @@ def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
 def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) -> None:
     """Evaluates the parameters of all seeds in env, with sampled and with greedy actions."""
     results, keys = {}, jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+    evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
     for number, kind in enumerate(("sampled", "greedy"), start=1):
-        evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent, greedy=kind == "greedy")))
-        result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number))
+        result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, E) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
         # Over seeds if there are several, else over episodes. Names with a slash (Craftax's achievements) are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
-        half = lambda x: scipy.stats.t.ppf(0.975, x.size - 1) * scipy.stats.sem(x)  # of the 95% interval, Student's t
+        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
         shown = [f"{name} {x.mean():.3g} ± {half(x):.2g}" for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))

@@ -36,7 +36,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import scipy.stats
 import tyro
 import wandb
 from flax.linen.initializers import constant, lecun_normal, orthogonal
@@ -45,6 +44,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 from envs.memorymaze import MAX_STEPS, MissingDependency, record_video
@@ -132,6 +132,37 @@ def make_env(args: Args, index: int = 0):
 dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 
 
+def over_time(cell, kernel, bias, of_x, reset, memory):
+    """Steps of cell(of_x, h @ kernel + bias, memory), of_x (T, B, n) -> h (T, B, D), memory after the last step.
+
+    The gradient of the kernel is one product after the loop: a sum over its steps would take more time than all else.
+    """
+
+    def loop(kernel, bias, of_x, reset, memory):
+        def step(memory, inputs):
+            bias, of_x, reset = inputs  # (B, n), (B, n), (B,)
+            memory = jax.tree.map(lambda m: jnp.where(reset[:, None], 0.0, m), memory)
+            last = memory[-1]  # (B, D)
+            memory = cell(of_x, last @ kernel + bias, memory)
+            return memory, (memory[-1], last)
+
+        memory, (h, last) = jax.lax.scan(step, memory, (bias, of_x, reset))  # (T, B, D) twice
+        return (h, memory), last
+
+    def forward(kernel, *inputs):
+        outputs, backward, last = jax.vjp(functools.partial(loop, kernel), *inputs, has_aux=True)
+        return outputs, (backward, last)
+
+    def backward(saved, gradients):
+        backward, last = saved
+        of_bias, *others = backward(gradients)
+        return jnp.einsum("tbi,tbj->ij", last, of_bias), of_bias, *others
+
+    run = jax.custom_vjp(lambda *inputs: loop(*inputs)[0])
+    run.defvjp(forward, backward)
+    return run(kernel, jnp.broadcast_to(bias, of_x.shape), of_x, reset, memory)
+
+
 class LSTM(nn.Module):
     """x (T, B, n), reset (T, B), memory -> (T, B, D), memory after the last step."""
 
@@ -139,15 +170,16 @@ class LSTM(nn.Module):
 
     @nn.compact
     def __call__(self, x, reset, memory):
-        def step(cell, memory, inputs):
-            x, reset = inputs  # (B, n), (B,)
-            return cell(jax.tree.map(lambda m: jnp.where(reset[:, None], 0.0, m), memory), x)
+        def cell(of_x, of_h, memory):
+            i, f, g, o = jnp.split(of_x + of_h, 4, axis=-1)  # (B, D) each
+            c = nn.sigmoid(f) * memory[0] + nn.sigmoid(i) * nn.tanh(g)
+            return c, nn.sigmoid(o) * nn.tanh(c)
 
-        init = orthogonal(math.sqrt(2))
-        cell = nn.OptimizedLSTMCell(self.hidden_size, kernel_init=init, recurrent_kernel_init=init)
-        over_time = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-        memory, x = over_time(cell, memory, (x, reset))  # (B, D) twice, (T, B, D)
-        return x, memory
+        D, init = self.hidden_size, orthogonal(math.sqrt(2))
+        of_x = jnp.concatenate([dense(D, use_bias=False)(x) for _ in range(4)], axis=-1)  # (T, B, 4 D)
+        kernel = jnp.hstack([self.param(f"kernel_{gate}", init, (D, D)) for gate in "ifgo"])  # (D, 4 D)
+        bias = self.param("bias", constant(0.0), (4 * D,))
+        return over_time(cell, kernel, bias, of_x, reset, memory)
 
 
 class Conv3x3(nn.Module):
@@ -504,7 +536,7 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
         policy = functools.partial(act_jit, params, kind == "greedy")
         returns, lengths = host_evaluate(args, envs, initial_memory, policy).T
         results[kind] = {"episodic_return": [returns.mean()], "episodic_length": [lengths.mean()]}
-        half = scipy.stats.t.ppf(0.975, len(returns) - 1) * scipy.stats.sem(returns)  # of the 95% interval, Student's t
+        half = stdtrit(len(returns) - 1, 0.975) * returns.std(ddof=1) / math.sqrt(len(returns))  # 95%, Student's t
         print(f"Evaluation, {kind} actions, {len(returns)} episodes: episodic_return {returns.mean():.3g} ± {half:.2g}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:

@@ -5,7 +5,7 @@
 The agent sees a cue at the start of a corridor. At the other end, 159 steps later, it must turn as the cue showed.
 Its memory is an LSTM (Hochreiter and Schmidhuber 1997); it is trained with PPO (Schulman et al. 2017).
 
-What to learn here: how to scan a cell over time (`LSTM`). To try your own memory, copy this script and replace it.
+What to learn here: how to step a cell over time (`over_time`). To try your own memory, copy this script and replace it.
 
 Axes, time first: T time steps, B environments, S seeds, A actions, D hidden_size.
 """
@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import scipy.stats
 import tyro
 import wandb
 from flax.linen.initializers import constant, orthogonal
@@ -36,6 +35,7 @@ from flax.training.train_state import TrainState
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 from envs.tmaze import TMaze
@@ -121,6 +121,37 @@ def make_env(args: Args, num_envs: int) -> VectorEnv:
 dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 
 
+def over_time(cell, kernel, bias, of_x, reset, memory):
+    """Steps of cell(of_x, h @ kernel + bias, memory), of_x (T, B, n) -> h (T, B, D), memory after the last step.
+
+    The gradient of the kernel is one product after the loop: a sum over its steps would take more time than all else.
+    """
+
+    def loop(kernel, bias, of_x, reset, memory):
+        def step(memory, inputs):
+            bias, of_x, reset = inputs  # (B, n), (B, n), (B,)
+            memory = jax.tree.map(lambda m: jnp.where(reset[:, None], 0.0, m), memory)
+            last = memory[-1]  # (B, D)
+            memory = cell(of_x, last @ kernel + bias, memory)
+            return memory, (memory[-1], last)
+
+        memory, (h, last) = jax.lax.scan(step, memory, (bias, of_x, reset))  # (T, B, D) twice
+        return (h, memory), last
+
+    def forward(kernel, *inputs):
+        outputs, backward, last = jax.vjp(functools.partial(loop, kernel), *inputs, has_aux=True)
+        return outputs, (backward, last)
+
+    def backward(saved, gradients):
+        backward, last = saved
+        of_bias, *others = backward(gradients)
+        return jnp.einsum("tbi,tbj->ij", last, of_bias), of_bias, *others
+
+    run = jax.custom_vjp(lambda *inputs: loop(*inputs)[0])
+    run.defvjp(forward, backward)
+    return run(kernel, jnp.broadcast_to(bias, of_x.shape), of_x, reset, memory)
+
+
 class LSTM(nn.Module):
     """x (T, B, n), reset (T, B), memory -> (T, B, D), memory after the last step."""
 
@@ -128,15 +159,16 @@ class LSTM(nn.Module):
 
     @nn.compact
     def __call__(self, x, reset, memory):
-        def step(cell, memory, inputs):
-            x, reset = inputs  # (B, n), (B,)
-            return cell(jax.tree.map(lambda m: jnp.where(reset[:, None], 0.0, m), memory), x)
+        def cell(of_x, of_h, memory):
+            i, f, g, o = jnp.split(of_x + of_h, 4, axis=-1)  # (B, D) each
+            c = nn.sigmoid(f) * memory[0] + nn.sigmoid(i) * nn.tanh(g)
+            return c, nn.sigmoid(o) * nn.tanh(c)
 
-        init = orthogonal(math.sqrt(2))
-        cell = nn.OptimizedLSTMCell(self.hidden_size, kernel_init=init, recurrent_kernel_init=init)
-        over_time = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-        memory, x = over_time(cell, memory, (x, reset))  # (B, D) twice, (T, B, D)
-        return x, memory
+        D, init = self.hidden_size, orthogonal(math.sqrt(2))
+        of_x = jnp.concatenate([dense(D, use_bias=False)(x) for _ in range(4)], axis=-1)  # (T, B, 4 D)
+        kernel = jnp.hstack([self.param(f"kernel_{gate}", init, (D, D)) for gate in "ifgo"])  # (D, 4 D)
+        bias = self.param("bias", constant(0.0), (4 * D,))
+        return over_time(cell, kernel, bias, of_x, reset, memory)
 
 
 class ActorCritic(nn.Module):
@@ -315,7 +347,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
         key, env_state, obs, reset, memory, finished, results = carry
         key, action_key, env_key = jax.random.split(key, 3)
         logits, _, memory = agent.apply(params, obs[None], reset[None], memory)
-        action = logits[0].argmax(-1) if greedy else jax.random.categorical(action_key, logits[0])
+        action = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(action_key, logits[0]))
         obs, env_state, _, done, info = env.step(env_key, env_state, action, env.default_params)
         results = {name: jnp.where(done & ~finished, info[name], old) for name, old in results.items()}
         return key, env_state, obs, done, memory, finished | done, results
@@ -453,14 +485,14 @@ def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
 def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) -> None:
     """Evaluates the parameters of all seeds in env, with sampled and with greedy actions."""
     results, keys = {}, jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+    evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
     for number, kind in enumerate(("sampled", "greedy"), start=1):
-        evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent, greedy=kind == "greedy")))
-        result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number))
+        result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, E) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
         # Over seeds if there are several, else over episodes. Names with a slash (Craftax's achievements) are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
-        half = lambda x: scipy.stats.t.ppf(0.975, x.size - 1) * scipy.stats.sem(x)  # of the 95% interval, Student's t
+        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
         shown = [f"{name} {x.mean():.3g} ± {half(x):.2g}" for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))

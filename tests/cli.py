@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from common import CRAFTAX, MEMORYMAZE, data, load, quick_compiler_options
+from common import CRAFTAX, MEMORYMAZE, assert_identical, data, load, quick_compiler_options
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ SMALL_FLAGS = {
     "corridor_len": 10, "max_episode_steps": 40, "env_id": "Craftax-Classic-Symbolic-v1", "optimistic_reset_ratio": 2,
     "num_layers": 1, "d_model": 16, "d_head": 8, "num_heads": 1, "d_ffc": 16, "eta": 2, "r": 1, "memory_len": 6,
     "hidden_size": 16, "d_encoder": 16, "d_actor": 16, "d_critic": 16,
-    "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 20,
+    "num_channels": 2, "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 20,
     "anneal_lr": False,  # or a run could not be made longer
 }  # fmt: skip
 BATCH = 4 * 16  # environment steps of an update with these flags
@@ -154,12 +154,28 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @functools.cache
-def finished(script: str, updates: int = 200, interval: int = 20) -> Path:
-    """The folder of a finished run, with its last two checkpoints `interval` updates apart; copy it to change it."""
+def finished(script: str, updates: int = 200, interval: int = 20, *flags: str, **options) -> Path:
+    """The folder of a finished run, with its last two checkpoints `interval` updates apart; copy it to change it. What
+    the run printed is beside it, see `printed`."""
     cwd = Path(tempfile.mkdtemp(dir=FINISHED))
-    run(script, "--total-timesteps", updates * BATCH, "--checkpoint-interval", interval, cwd=cwd)
+    flags = "--total-timesteps", updates * BATCH, "--checkpoint-interval", interval, *flags
+    out, err = run(script, *flags, cwd=cwd, **options)
+    (cwd / "printed.json").write_text(json.dumps([out, err]))
     return folder_of(cwd)
+
+
+def printed(folder: Path) -> tuple[str, str]:
+    """stdout, stderr of a run of `finished`."""
+    return tuple(json.loads((folder.parents[1] / "printed.json").read_text()))
 
 
 def saved_args(folder: Path) -> dict:
     return json.loads((folder / "args.json").read_text())
+
+
+def assert_same_outcome(folder: Path, expected: Path):
+    """As if the run had never stopped: the same bits in the last checkpoint, the same rows, the same evaluation."""
+    assert lasting(folder) == lasting(expected)
+    assert steps(folder)[-1] == steps(expected)[-1]
+    assert_identical(checkpoint(folder), checkpoint(expected))
+    assert (folder / "evaluation.json").read_bytes() == (expected / "evaluation.json").read_bytes()

@@ -40,7 +40,7 @@ SMALL = {
 # For tests of what surrounds the model: quick to compile.
 TINY = SMALL | {
     "num_layers": 1, "d_model": 6, "d_head": 3, "d_ffc": 6, "num_heads": 1, "eta": 2, "r": 2, "d_actor": 4,
-    "d_critic": 4, "d_encoder": 3,
+    "d_critic": 4, "d_encoder": 3, "num_channels": 1,
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""python tests/devices.py SCRIPT, run by test_ppo.py with four virtual devices: two updates on all and on one.
+"""python tests/devices.py SCRIPT, run by test_ppo.py with four virtual devices: two updates on all and on one, of
+one seed, whose environments are spread, and of the first script also of four seeds, which are spread themselves.
 
 Prints a list, as JSON, with the largest difference and the largest collectives of the compiled update of each run, and
 how many worlds of Craftax it holds at once on each device.
@@ -10,7 +11,7 @@ import sys
 
 import jax
 import numpy as np
-from common import WORLD, bind, float64, load, quick_jit, seed_keys, tiny_args
+from common import FIRST, WORLD, bind, float64, load, quick_jit, seed_keys, tiny_args
 
 COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast|"
@@ -64,8 +65,9 @@ def main(name: str):
     if hasattr(script, "Craftax"):
         exact["optimistic_reset_ratio"] = 2  # four groups that share worlds, one for each device
     args = lambda num_seeds: tiny_args(script, num_seeds=num_seeds, num_envs=32, num_minibatches=2, **exact)
-    alone, _ = run(script, args(4), None)
-    for num_seeds, shards in ((1, [1, 8]), (4, [1, 32])):
+    cases = ((1, [1, 8]), (4, [1, 32])) if name in FIRST else ((1, [1, 8]),)  # how seeds are spread knows no model
+    alone, _ = run(script, args(cases[-1][0]), None)
+    for num_seeds, shards in cases:
         shardings = script.make_shardings(args(num_seeds))
         runner, compiled = run(script, args(num_seeds), shardings)
         params, expected = float64(runner.train_state.params), float64(alone.train_state.params)

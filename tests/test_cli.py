@@ -2,16 +2,12 @@
 
 import dataclasses
 import json
-import math
-import re
 import shutil
 
-import jax
 import pytest
 from cli import (
     BATCH,
     ENVIRONMENT,
-    checkpoint,
     edited,
     finish,
     finished,
@@ -19,107 +15,12 @@ from cli import (
     import_copy,
     rows,
     run,
-    saved_args,
     small_flags,
     snapshot,
     start,
     steps,
 )
-from common import CRAFTAX, FIRST, MYSTERYPATH, SCRIPTS, TMAZE, load
-from PIL import Image
-
-COLUMNS = ["update", "seed", "global_step", "elapsed", "charts/SPS"]
-COLUMNS += ["charts/episodic_return", "charts/episodic_length", "charts/episodes", "charts/learning_rate"]
-COLUMNS += ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
-COLUMNS += ["losses/explained_variance", "losses/grad_norm"]
-
-
-def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "success_rate", low=0, high=1):
-    """One row per update and seed, in order, all numbers finite, cells empty only where no episode ended, and an
-    outcome from low to high."""
-    table = rows(folder)
-    assert {*COLUMNS, f"charts/{outcome}"} <= set(table[0])
-    episodic = [name for name in table[0] if "episodic" in name or "achievements/" in name or outcome in name]
-    expected = [(u, s, u * BATCH) for u in range(1, updates + 1) for s in seeds]
-    assert [(int(row["update"]), int(row["seed"]), int(row["global_step"])) for row in table] == expected
-    for row in table:
-        for name in row:
-            if name not in episodic:
-                assert math.isfinite(float(row[name])), (name, row)
-        ended = float(row["charts/episodes"]) > 0
-        assert [name for name in episodic if (row[name] != "") != ended] == []
-        assert not ended or low <= float(row[f"charts/{outcome}"]) <= high
-    assert {float(row["charts/episodes"]) > 0 for row in table} == {True, False}, "the test must see both kinds"
-    assert all(float(row["charts/SPS"]) > 0 for row in table)
-
-
-@pytest.mark.parametrize("script", TMAZE + MYSTERYPATH)
-def test_run_leaves_what_it_promises(script, tmp_path):
-    """A run leaves arguments, metrics, checkpoints, curve, video and evaluation; the terminal tells how it went."""
-    check_run(script, tmp_path, "success_rate", 0, 1)
-
-
-CRAFTAX_RUNS = [(script, script != CRAFTAX[0]) for script in CRAFTAX]  # the first one plays the game itself
-
-
-@pytest.mark.parametrize("script, stand_in", CRAFTAX_RUNS)
-def test_run_of_craftax_leaves_what_it_promises(script, stand_in, tmp_path):
-    """So does one of Craftax, with a chart of the achievements."""
-    folder = check_run(script, tmp_path, "score", -5, 100, stand_in=stand_in)  # losing health costs a little
-    with Image.open(folder / "achievements.png") as picture:
-        picture.load()
-    sampled = json.loads((folder / "evaluation.json").read_text())["sampled"]
-    unlocked = [x for name, (x,) in sampled.items() if name.startswith("achievements/")]
-    assert len(unlocked) == (2 if stand_in else 22) and 0 < max(unlocked) <= 1 and min(unlocked) >= 0
-
-
-def check_run(script, tmp_path, outcome, low, high, **options):
-    """Runs the script -> its folder, with all in it that a run of any script leaves."""
-    flags = ["--total-timesteps", "1e3", "--capture-video", "--track"]
-    out, err = run(script, *flags, cwd=tmp_path, **options)
-    folder = folder_of(tmp_path)
-    assert folder.name.split("__")[1:3] == [script, "1"]
-    args = saved_args(folder)
-    assert args["total_timesteps"] == 1000 and args["num_envs"] * args["num_steps"] == BATCH
-    check_metrics(folder, [1], 1000 // BATCH, outcome, low, high)
-    assert steps(folder)[-1] == 1000 // BATCH
-    with Image.open(folder / "learning_curve.png") as picture:
-        picture.load()
-        assert min(picture.size) > 100
-    with Image.open(folder / "episode.gif") as video:
-        assert video.n_frames > 1
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    name = outcome.removesuffix("_rate")
-    for kind in ("sampled", "greedy"):
-        assert len(evaluation[kind][name]) == 1 and low <= evaluation[kind][name][0] <= high
-        assert evaluation[kind]["episodic_length"][0] >= 1
-    assert list((folder / "wandb").rglob("*.wandb")), "--track, offline, keeps a record"
-    assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "nothing outside runs/"
-
-    lines = out.splitlines()
-    assert lines[0] == f"Run folder: {folder}" and lines[1].startswith("Compiling"), "said before it takes long"
-    size = sum(x[0].size for x in jax.tree.leaves(checkpoint(folder)["train_state"]["params"]))
-    assert lines[2] == f"{size:,} parameters, {1000 // BATCH} updates of {BATCH} steps"
-    assert "step/s" in err and "episodic_return=" in err and f"{outcome}=" in err
-    for line, kind in zip(lines[3:5], ("sampled", "greedy"), strict=True):
-        assert line.startswith(f"Evaluation, {kind} actions, 20 episodes per seed: ")
-        for result in ("episodic_return", "episodic_length", name):
-            assert re.search(rf" {result} [\d.e+-]+ ± [\d.e+-]+", line), line
-    assert lines[-1] == f"Results: {folder}"
-    assert "Traceback" not in err and "Warning" not in err
-    return folder
-
-
-@pytest.mark.parametrize("script", FIRST)
-def test_several_seeds_have_rows_each(script, tmp_path):
-    """--num-seeds 2 leaves a row an update and seed, and the seeds differ."""
-    run(script, "--num-seeds", 2, "--seed", 3, "--total-timesteps", 12 * BATCH, cwd=tmp_path)
-    folder = folder_of(tmp_path)
-    check_metrics(folder, [3, 4], 12)
-    first = [row["losses/value_loss"] for row in rows(folder)]
-    assert all(a != b for a, b in zip(first[::2], first[1::2], strict=True))
-    assert len(json.loads((folder / "evaluation.json").read_text())["sampled"]["success"]) == 2
-
+from common import FIRST, SCRIPTS, load
 
 # Flags, and what the one sentence must name: the value, and the rule or the way out. Asked of the scripts that have the
 # first flag.

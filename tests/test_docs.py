@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 import pytest
 from cli import finished
-from common import load
+from common import load, quick_jit
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,7 +102,8 @@ def test_flags_exist(page):
         assert known or f'"{flag}"' in sources or f"    {name}: " in sources or flag == "--help", flag
 
 
-def test_the_notebook_example_of_readme_runs():
+def test_the_notebook_example_of_readme_runs(monkeypatch):
+    monkeypatch.setattr(jax, "jit", quick_jit)
     (code,) = blocks(ROOT / "README.md", "python")
     small = "script.Args(num_layers=1, d_model=8, d_head=4, d_ffc=8, num_envs=8, num_steps=16, corridor_len=20)"
     names = {}
@@ -110,8 +111,9 @@ def test_the_notebook_example_of_readme_runs():
     assert int(names["runner"].train_state.step) == 8
 
 
-def test_the_trained_policy_of_usage_acts():
+def test_the_trained_policy_of_usage_acts(monkeypatch):
     """docs/usage.md loads a run in Python. Its folder is replaced by that of a run of the tests."""
+    monkeypatch.setattr(jax, "jit", quick_jit)
     (code,) = blocks(ROOT / "docs/usage.md", "python")
     code = re.sub(r'Path\("runs/[^"]*"\)', f"Path({str(finished('ppo_agalite_tmaze'))!r})", code)
     names = {}
@@ -135,7 +137,7 @@ def replace_between(source: str, start: str, end: str, new: str) -> str:
 def test_a_memory_of_your_own_passes_the_tests(tmp_path):
     """The copy of docs/your_own.md, made as the page says, is found by the tests and passes them."""
     source = (ROOT / "ppo_lstm_tmaze.py").read_text()
-    source = replace_between(source, "class LSTM(", "class ActorCritic(", block_with("class MinGRU") + "\n\n")
+    source = replace_between(source, "def over_time(", "class ActorCritic(", block_with("class MinGRU") + "\n\n")
     memory = block_with("def initial_memory").replace("    @nn.nowrap\n", "", 1)
     source = replace_between(source, "    def initial_memory", "    @nn.compact\n", memory + "\n")
     source = replace_between(

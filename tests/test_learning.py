@@ -29,10 +29,10 @@ LAYERS = {"num_layers": 1, "d_model": 32, "d_head": 16, "num_heads": 2}
 LINEAR = LAYERS | {"d_ffc": 32, "eta": 2, "chrono_steps": 30.0}
 PICTURES = PPO | {
     "num_steps": 16, "total_timesteps": 65_536, "update_epochs": 6, "learning_rate": 1e-3, "ent_coef": 0.02,
-    "norm_adv": False,
+    "norm_adv": False, "num_channels": 8,
 }  # fmt: skip
 FOUR_HEADS = {"d_head": 8, "num_heads": 4, "eta": 4, "r": 3, "chrono_steps": 10.0, "gamma": 0.0, "ent_coef": 0.03}
-SYMBOLS = PICTURES | {"d_encoder": 32}
+SYMBOLS = {name: x for name, x in PICTURES.items() if name != "num_channels"} | {"d_encoder": 32}
 # `PYTHONPATH=. python tests/test_learning.py NAME 12` (8 for images and symbols, 6 for GTrXL there): all seeds reached
 # 0.9 after these steps of the budget. T-Maze: LSTM, GRU 33k of 131k, GTrXL, GaLiTe 25k, AGaLiTe 41k. Mystery Path:
 # AGaLiTe 8k of 66k, GTrXL 4k. Craftax: 8k of 66k. (AMD EPYC, Zen 5, jax 0.10.2.) With images, AGaLiTe gets four heads:
@@ -136,20 +136,20 @@ def train(name: str, seeds, forgets):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_learns_with_memory_and_only_with_it(name):
-    """Success of each of three seeds comes to 0.9 within the budget. Without memory the same script is then at 0.6 or
+    """Success of both seeds comes to 0.9 within the budget. Without memory the same script is then at 0.6 or
     below, chance being 0.5."""
-    history, reached = [], np.zeros(3, bool)
-    for steps, results in train(name, seeds=[1, 2, 3] * 2, forgets=[0] * 3 + [1] * 3):
+    history, reached = [], np.zeros(2, bool)
+    for steps, results in train(name, seeds=[1, 2, 1, 2], forgets=[0, 0, 1, 1]):
         success = results["success"].mean(1)
         history.append((steps, success.round(2).tolist()))
-        reached |= success[:3] >= 0.9
+        reached |= success[:2] >= 0.9
         if reached.all() and len(history) >= LEAST:
             break
     assert reached.all(), history
-    # 0.6 leaves room for chance: 200 fair coins exceed it once in 500 times, 600 never.
-    assert success[3:].mean() <= 0.6 and (success[3:] <= 0.65).all(), history
+    # 0.6 leaves room for chance: 200 fair coins exceed it once in 500 times, 400 never.
+    assert success[2:].mean() <= 0.6 and (success[2:] <= 0.65).all(), history
     if name in TMAZE:
-        length = results["episodic_length"].mean(1)[3:]
+        length = results["episodic_length"].mean(1)[2:]
         assert (length < 2 * SHORT["corridor_len"]).all(), (
             "without memory too they walk to the junction, and fail there"
         )

@@ -662,9 +662,9 @@ def test_seeds_together_equal_seeds_alone(script, single_runs):
 
 @pytest.mark.parametrize("name", FEWER)
 def test_four_devices_equal_one(name):
-    """After two updates four devices give what one gives, with one seed (environments spread) and with four (seeds
-    spread); what they exchange in an update is at most the size of a gradient. No device makes the worlds of Craftax
-    that another one needs."""
+    """After two updates four devices give what one gives, with one seed (environments spread) and, in the first script,
+    with four (seeds spread); what they exchange in an update is at most the size of a gradient. No device makes the
+    worlds of Craftax that another one needs."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     result = subprocess.run(
         [sys.executable, TESTS / "devices.py", name], cwd=TESTS.parent, capture_output=True, text=True, timeout=3600,

@@ -1,11 +1,15 @@
 """LSTM and GRU against their formulas in float64, and their starting parameters."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from agalite_reference import heads
 from common import (
+    assert_close,
     build,
     count_parameters,
     deviation,
@@ -37,19 +41,24 @@ def lstm_step(p, x, memory):
     return (c, h), h
 
 
-def gru_step(p, x, h):
+def gru_step(p, x, memory):
     """Cho et al. 2014, with the reset gate after the recurrent product."""
+    (h,) = memory
     of_x = {n: x @ p[f"i{n}"]["kernel"] + p[f"i{n}"]["bias"] for n in "rzn"}
     r, z = (sigmoid(of_x[n] + h @ p[f"h{n}"]["kernel"]) for n in "rz")
     n = np.tanh(of_x["n"] + r * (h @ p["hn"]["kernel"] + p["hn"]["bias"]))
     h = (1 - z) * n + z * h
-    return h, h
+    return (h,), h
 
 
-def cell_of(name: str, params):
-    """The parameters of the recurrent cell, by its maps."""
-    of_memory = params["params"][{"lstm": "LSTM_0", "gru": "GRU_0"}[name]]
-    (cell,) = of_memory.values()
+def cell_of(name: str, own):
+    """The parameters of our LSTM or GRU as Flax's cells have them."""
+    gates = {"lstm": "ifgo", "gru": "rzn"}[name]
+    cell = {f"i{gate}": own[f"Dense_{number}"] for number, gate in enumerate(gates)}
+    cell |= {f"h{gate}": {"kernel": own[f"kernel_{gate}"]} for gate in gates}
+    of_gates = zip(gates, own["bias"].reshape(4, -1), strict=True) if name == "lstm" else [("n", own["bias"])]
+    for gate, bias in of_gates:
+        cell[f"h{gate}"]["bias"] = bias
     return cell
 
 
@@ -68,7 +77,7 @@ def test_agrees_with_a_float64_reference(name):
         logits, value, new = quick_jit(agent.apply)(params, obs, RESETS, memory)
 
     params, state, expected = float64(params), float64(memory), []
-    cell, step = cell_of(name, params), {"lstm": lstm_step, "gru": gru_step}[name]
+    cell, step = cell_of(name, params["params"][f"{name.upper()}_0"]), {"lstm": lstm_step, "gru": gru_step}[name]
     for t in range(T):
         state = jax.tree.map(lambda x, t=t: np.where(RESETS[t][:, None], 0, x), state)
         state, h = step(cell, np.float64(obs[t, :, 5:]), state)
@@ -81,6 +90,40 @@ def test_agrees_with_a_float64_reference(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_equals_the_cell_of_flax(name):
+    """Outputs, memory and all gradients are those of Flax's cell in a plain loop: over resets, and under vmap."""
+    script = load(f"ppo_{name}_tmaze")
+    ours, cell = (script.LSTM(11), nn.OptimizedLSTMCell(11)) if name == "lstm" else (script.GRU(11), nn.GRUCell(11))
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    x, memory = draw(2, T, B, OBS), tuple(draw(2, B, 11) for _ in range(2 if name == "lstm" else 1))
+    first = jax.tree.map(lambda m: m[0], memory)
+    params = random_params(jax.eval_shape(ours.init, jax.random.key(0), x[0], RESETS, first))
+
+    def of_flax(params, x, reset, memory):
+        def step(memory, inputs):
+            x, reset = inputs
+            memory = jax.tree.map(lambda m: jnp.where(reset[:, None], 0, m), memory)
+            of_cell = {"params": cell_of(name, params["params"])}
+            memory, h = cell.apply(of_cell, memory if name == "lstm" else memory[0], x)
+            return memory if name == "lstm" else (memory,), h
+
+        memory, h = jax.lax.scan(step, memory, (x, reset))
+        return h, memory
+
+    def loss(apply, params, x, memory):
+        h, memory = apply(params, x, RESETS, memory)
+        return jnp.sin(3 * h).sum() + sum(jnp.cos(2 * m).sum() for m in memory)
+
+    both = []
+    with jax.default_matmul_precision("float32"):
+        for apply in (ours.apply, of_flax):
+            gradients = jax.value_and_grad(functools.partial(loss, apply), (0, 1, 2))
+            both.append(quick_jit(jax.vmap(gradients, (None, 0, 0)))(params, x, memory))
+    assert_close(*both, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_initial_parameters(name):
     """The published count; every kernel orthogonal with gain sqrt 2, every bias 0."""
     script = load(f"ppo_{name}_tmaze")
@@ -89,7 +132,7 @@ def test_initial_parameters(name):
     _, agent = build(script, args)
     obs, reset = jnp.zeros((1, 1, OBS)), jnp.ones((1, 1), bool)
     params = quick_jit(agent.init)(jax.random.key(7), obs, reset, agent.initial_memory(1))
-    cell = cell_of(name, float64(params))
+    cell = cell_of(name, float64(params)["params"][f"{name.upper()}_0"])
     assert len(cell) == {"lstm": 8, "gru": 6}[name]
     for of_gate in cell.values():
         kernel = of_gate["kernel"]

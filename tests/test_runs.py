@@ -1,0 +1,134 @@
+"""What a run of each script leaves, and that a killed one, resumed, leaves the same."""
+
+import json
+import math
+import random
+import re
+import signal
+import time
+
+import jax
+import pytest
+from cli import (
+    BATCH,
+    assert_same_outcome,
+    checkpoint,
+    finish,
+    finished,
+    folder_of,
+    printed,
+    rows,
+    run,
+    saved_args,
+    start,
+    steps,
+    wait_for_row,
+)
+from common import CRAFTAX, FEWER, FIRST, SCRIPTS, TMAZE
+from PIL import Image
+
+COLUMNS = ["update", "seed", "global_step", "elapsed", "charts/SPS"]
+COLUMNS += ["charts/episodic_return", "charts/episodic_length", "charts/episodes", "charts/learning_rate"]
+COLUMNS += ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
+COLUMNS += ["losses/explained_variance", "losses/grad_norm"]
+
+
+def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "success_rate", low=0, high=1):
+    """One row per update and seed, in order, all numbers finite, cells empty only where no episode ended, and an
+    outcome from low to high."""
+    table = rows(folder)
+    assert {*COLUMNS, f"charts/{outcome}"} <= set(table[0])
+    episodic = [name for name in table[0] if "episodic" in name or "achievements/" in name or outcome in name]
+    expected = [(u, s, u * BATCH) for u in range(1, updates + 1) for s in seeds]
+    assert [(int(row["update"]), int(row["seed"]), int(row["global_step"])) for row in table] == expected
+    for row in table:
+        for name in row:
+            if name not in episodic:
+                assert math.isfinite(float(row[name])), (name, row)
+        ended = float(row["charts/episodes"]) > 0
+        assert [name for name in episodic if (row[name] != "") != ended] == []
+        assert not ended or low <= float(row[f"charts/{outcome}"]) <= high
+    assert {float(row["charts/episodes"]) > 0 for row in table} == {True, False}, "the test must see both kinds"
+    assert all(float(row["charts/SPS"]) > 0 for row in table)
+
+
+def run_to_its_end(script, **options):
+    """The run that both tests look at; images and symbols are slow."""
+    updates = 200 if script in TMAZE else 40
+    return finished(script, updates, updates // 10, "--capture-video", "--track", **options)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_run_leaves_what_it_promises(script):
+    """A run leaves arguments, metrics, checkpoints, curve, video and evaluation; the terminal tells how it went."""
+    real = {"stand_in": False} if script == CRAFTAX[0] else {}  # one script plays the game itself
+    folder = run_to_its_end(script, **real)
+    # Losing health costs a little.
+    outcome, low, high = ("score", -5, 100) if script in CRAFTAX else ("success_rate", 0, 1)
+    assert folder.name.split("__")[1:3] == [script, "1"]
+    args, updates = saved_args(folder), 200 if script in TMAZE else 40
+    assert args["total_timesteps"] == updates * BATCH and args["num_envs"] * args["num_steps"] == BATCH
+    check_metrics(folder, [1], updates, outcome, low, high)
+    assert steps(folder)[-1] == updates
+    with Image.open(folder / "learning_curve.png") as image:
+        image.load()
+        assert min(image.size) > 100
+    with Image.open(folder / "episode.gif") as video:
+        assert video.n_frames > 1
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    name = outcome.removesuffix("_rate")
+    for kind in ("sampled", "greedy"):
+        assert len(evaluation[kind][name]) == 1 and low <= evaluation[kind][name][0] <= high
+        assert evaluation[kind]["episodic_length"][0] >= 1
+    assert list((folder / "wandb").rglob("*.wandb")), "--track, offline, keeps a record"
+    assert {path.name for path in folder.parents[1].iterdir()} == {"runs", "printed.json"}, "nothing outside runs/"
+
+    out, err = printed(folder)
+    lines = out.splitlines()
+    assert lines[0] == f"Run folder: {folder}" and lines[1].startswith("Compiling"), "said before it takes long"
+    size = sum(x[0].size for x in jax.tree.leaves(checkpoint(folder)["train_state"]["params"]))
+    assert lines[2] == f"{size:,} parameters, {updates} updates of {BATCH} steps"
+    assert "step/s" in err and "episodic_return=" in err and f"{outcome}=" in err
+    for line, kind in zip(lines[3:5], ("sampled", "greedy"), strict=True):
+        assert line.startswith(f"Evaluation, {kind} actions, 20 episodes per seed: ")
+        for result in ("episodic_return", "episodic_length", name):
+            assert re.search(rf" {result} [\d.e+-]+ ± [\d.e+-]+", line), line
+    assert lines[-1] == f"Results: {folder}"
+    assert "Traceback" not in err and "Warning" not in err
+    if script in CRAFTAX:
+        with Image.open(folder / "achievements.png") as image:
+            image.load()
+        unlocked = [x for name, (x,) in evaluation["sampled"].items() if name.startswith("achievements/")]
+        assert len(unlocked) == (22 if real else 2) and 0 < max(unlocked) <= 1 and min(unlocked) >= 0
+
+
+@pytest.mark.parametrize("script", FEWER)
+def test_killed_run_resumes_bit_for_bit(script, tmp_path):
+    """A run killed in mid-episode and resumed, the first script's twice, ends with the very numbers of one that was
+    not."""
+    updates, kill_at = (200, [60]) if script in TMAZE else (40, [15])
+    kill_at = [25, 110] if script in FIRST else kill_at
+    flags = ["--total-timesteps", updates * BATCH, "--checkpoint-interval", updates // 10]
+    process = start(script, *flags, cwd=tmp_path)
+    for row in kill_at:
+        wait_for_row(process, tmp_path, row)
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        finish(process, expect=-signal.SIGKILL)
+        folder = folder_of(tmp_path)
+        assert len(rows(folder)) < updates, "killed too late"
+        assert not checkpoint(folder)["reset"].all(), "every episode had just ended"
+        process = start(script, "--resume", folder, cwd=tmp_path, small=False)
+    finish(process)
+    assert_same_outcome(folder, run_to_its_end(script))
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_several_seeds_have_rows_each(script, tmp_path):
+    """--num-seeds 2 leaves a row an update and seed, and the seeds differ."""
+    run(script, "--num-seeds", 2, "--seed", 3, "--total-timesteps", 12 * BATCH, cwd=tmp_path)
+    folder = folder_of(tmp_path)
+    check_metrics(folder, [3, 4], 12)
+    first = [row["losses/value_loss"] for row in rows(folder)]
+    assert all(a != b for a, b in zip(first[::2], first[1::2], strict=True))
+    assert len(json.loads((folder / "evaluation.json").read_text())["sampled"]["success"]) == 2
