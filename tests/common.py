@@ -11,6 +11,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from gymnasium import spaces
 from PIL import Image
 
@@ -27,6 +28,13 @@ SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX  # for Memory Maze see test_memorymaze_s
 # For slow tests: without those whose memory and whose environment are both tested in other scripts.
 FEWER = [name for name in SCRIPTS if name not in ("ppo_gtrxl_mysterypath", "ppo_gtrxl_craftax")]
 FIRST = ["ppo_agalite_tmaze"]  # for tests of what is the same text in all of them (test_sync.py) and knows no model
+
+
+def slow_but(all_of_them, quick) -> list:
+    """Parameters of a test: `-m "not slow"` leaves out those that are not in `quick`."""
+    slow = lambda x: pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.slow)
+    return [x if x in quick else slow(x) for x in all_of_them]
+
 
 # Small and all different, so that no test can confuse two axes. A script takes the fields that it has.
 SMALL = {

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TMAZE, WRAPPERS = "ppo_agalite_tmaze.py", "envs/wrappers.py"
 PPO, MEMORY = "tests/test_ppo.py -k agalite_tmaze", "tests/test_memory.py -k agalite_tmaze"
+KILLED = "tests/test_runs.py::test_killed_run_resumes_bit_for_bit[ppo_agalite_tmaze]"
 
 # name: file, text, faulty text, tests that should catch it
 FAULTS = {
@@ -48,6 +49,10 @@ FAULTS = {
     ),
     "an LSTM that is not reset": (
         "ppo_lstm_tmaze.py", "jnp.where(reset[:, None], 0.0, m)", "m", "tests/test_memory.py -k lstm_tmaze"
+    ),
+    "the recurrent kernel's gradient is a step late": (
+        "ppo_gru_tmaze.py", 'jnp.einsum("tbi,tbj->ij", last,', 'jnp.einsum("tbi,tbj->ij", jnp.roll(last, 1, 0),',
+        "tests/test_rnn.py"
     ),
     "the memory is not stored": (TMAZE, "obs=obs, reset=done, memory=memory)", "obs=obs, reset=done)", PPO),
     "the memory after the rollout is learnt from": (
@@ -98,7 +103,7 @@ FAULTS = {
     "each update has the same noise": (TMAZE, "start = runner._replace(key=key, ", "start = runner._replace(", PPO),
     "each seed has the same noise": (
         TMAZE, "init(args, env, agent, jax.random.key(seed))", "init(args, env, agent, jax.random.key(0 * seed))",
-        "tests/test_cli.py -k several_seeds"
+        "tests/test_runs.py -k several_seeds"
     ),
     "the value ignores the time limit": (
         TMAZE, "        value = value * (1 - self.args.gamma**steps_left)", "        value = value * 1.0", PPO
@@ -108,19 +113,19 @@ FAULTS = {
     ),
     "means are over all steps": (
         TMAZE, "jnp.sum(x * transitions.done) / jnp.maximum(num_ended, 1)", "jnp.sum(x) / jnp.maximum(num_ended, 1)",
-        "tests/test_ppo.py tests/test_cli.py -k agalite_tmaze"
+        "tests/test_ppo.py tests/test_runs.py -k agalite_tmaze"
     ),
     "an evaluation counts later episodes": (
         TMAZE, "jnp.where(done & ~finished, info[name], old)", "jnp.where(done, info[name], old)",
-        "tests/test_cli.py tests/test_ppo.py -k agalite_tmaze"
+        "tests/test_ppo.py tests/test_runs.py -k agalite_tmaze"
     ),
     "a checkpoint has another key": (
         TMAZE, "args=ocp.args.StandardSave(state))",
         "args=ocp.args.StandardSave(state._replace(key=jax.vmap(jax.random.key)(jnp.arange(num_seeds)))))",
-        "tests/test_faults.py -k killed"
+        KILLED
     ),
     "a resumed run repeats a row": (
-        TMAZE, 'int(row["update"]) <= start]', 'int(row["update"]) <= start + 1]', "tests/test_faults.py -k killed"
+        TMAZE, 'int(row["update"]) <= start]', 'int(row["update"]) <= start + 1]', KILLED
     ),
     "NaN is saved": (TMAZE, "if not np.isfinite(value)]", "if value is None]", "tests/test_faults.py -k diverging"),
     "noise is drawn in each step": (

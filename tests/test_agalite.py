@@ -20,6 +20,7 @@ from common import (
     quick_jit,
     random_params,
     random_tmaze_observations,
+    slow_but,
     small_args,
 )
 
@@ -69,7 +70,7 @@ def period_of(r: int) -> int:
     return max(2 * (r - 1), 2)
 
 
-@pytest.mark.parametrize("r", [1, 2, 3, 4])
+@pytest.mark.parametrize("r", slow_but([1, 2, 3, 4], [2]))
 def test_golden_numbers(r):
     """Values, input gradients and final memory are those of the authors' code."""
     z = np.load(GOLDEN / f"agalite_r{r}.npz")
@@ -134,7 +135,7 @@ def agent_case(r: int, seed: int = 0):
     return args, agent, params, obs, memory
 
 
-@pytest.mark.parametrize("r", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("r", slow_but([1, 2, 3, 4, 5, 6], [1, 2]))
 def test_agrees_with_a_float64_reference(r):
     """Values, memory and every derivative are those of the plain formulas in double precision, for every r."""
     args, agent, params, obs, memory = agent_case(r)

@@ -20,7 +20,7 @@ from cli import (
     start,
     steps,
 )
-from common import FIRST, SCRIPTS, load
+from common import FIRST, SCRIPTS, load, slow_but
 
 # Flags, and what the one sentence must name: the value, and the rule or the way out. Asked of the scripts that have the
 # first flag.
@@ -78,9 +78,11 @@ def refusal(script: str, argv: list[str], capsys) -> str:
     return " ".join(said.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(
-    "script, flags, value, rule", [(script, *case) for script in SCRIPTS for case in refused_of(script)]
-)
+CASES = [(script, *case) for script in SCRIPTS for case in refused_of(script)]
+EACH_ONCE = {case[1:]: case for case in reversed(CASES)}.values()
+
+
+@pytest.mark.parametrize("script, flags, value, rule", slow_but(CASES, EACH_ONCE))
 def test_impossible_arguments_are_refused(script, flags, value, rule, capsys):
     """An argument that cannot work is refused with its value and the rule."""
     said = refusal(script, flags.split(), capsys)
@@ -114,6 +116,7 @@ def test_a_flag_that_a_user_adds_is_not_refused(name, tmp_path):
     assert (args.dropout, args.penalty, args.depth, args.kind, args.limit) == (0, -2.5, -3, "x", -1e9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_resume_checks_the_folder(script, tmp_path, capsys):
     """--resume refuses folders without a run and flags that differ from the run's, naming both values."""
@@ -133,6 +136,7 @@ def test_resume_checks_the_folder(script, tmp_path, capsys):
     assert args.eval_episodes == 7 and args.track, "what does not touch the computation may change"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_resume_judges_flags_by_the_run_not_by_the_defaults(script):
     """Beside --resume a flag needs to fit the run's other arguments, not the defaults."""
@@ -150,6 +154,7 @@ def test_annealed_run_cannot_be_extended(script, tmp_path, capsys):
     assert "--total-timesteps" in said and "128000" in said and "6400" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_evaluate_only_evaluates(script, tmp_path):
     """--evaluate leaves checkpoints, metrics and arguments as they are and evaluates again, to the same result."""
@@ -165,6 +170,7 @@ def test_evaluate_only_evaluates(script, tmp_path):
     assert "Evaluation, sampled actions" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_finished_run_can_be_extended(script, tmp_path):
     """--resume with more --total-timesteps goes on where a finished run ended, keeps its rows, and the clock goes on.
@@ -183,6 +189,7 @@ def test_finished_run_can_be_extended(script, tmp_path):
     assert steps(folder)[-1] == 220
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_runs_started_together_have_folders_of_their_own(script, tmp_path):
     """Two runs of one seed that start at the same moment do not share a folder."""
@@ -192,6 +199,7 @@ def test_runs_started_together_have_folders_of_their_own(script, tmp_path):
     assert len(folders) == 2 and all(len(rows(folder)) == 1 and steps(folder) == [1] for folder in folders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_switches_of_jax(script, tmp_path):
     """No NaN is made on purpose, and everything also works in 64 bits."""

@@ -62,6 +62,7 @@ def busy_actions(env_id, num_steps):
     return np.where(rng.random(num_steps) < 0.2, rng.integers(len(names), size=num_steps), actions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id, num_steps", [(CLASSIC, 600), (FULL, 300)])
 def test_episodes_equal_the_package(env_id, num_steps):
     """Observation, state, reward and end, bit for bit, from world to world."""
@@ -88,6 +89,7 @@ def test_episodes_equal_the_package(env_id, num_steps):
         assert (ours == theirs).all()
 
 
+@pytest.mark.slow
 def test_observations_on_all_floors():
     """With the player put on each floor: lit, in the dark, by day and by night, awake and asleep, among creatures."""
     observe = quick_jit(ENVS[FULL].package_env.get_obs)
@@ -242,6 +244,7 @@ def test_unlocking_an_achievement():
         assert (reward, unlocked(info)) == (0, {"place_table"})
 
 
+@pytest.mark.slow
 def test_in_the_stack():
     """Under vmap, jit and scan, with statistics and resets: what comes out, and a world of its own for each reset."""
     env = OptimisticReset(EpisodeStatistics(ENVS[CLASSIC]), 8, 4)

@@ -8,6 +8,8 @@ import pytest
 from cli import BATCH, ENVIRONMENT, checkpoint, finish, folder_of, lasting, rows, run, start, steps, wait_for_row
 from common import FIRST, assert_close
 
+pytestmark = pytest.mark.slow
+
 
 def start_two(script, *flags, **options):
     """Starts the two processes of a distributed run, as Open MPI's mpirun would."""

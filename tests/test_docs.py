@@ -102,6 +102,7 @@ def test_flags_exist(page):
         assert known or f'"{flag}"' in sources or f"    {name}: " in sources or flag == "--help", flag
 
 
+@pytest.mark.slow
 def test_the_notebook_example_of_readme_runs(monkeypatch):
     monkeypatch.setattr(jax, "jit", quick_jit)
     (code,) = blocks(ROOT / "README.md", "python")
@@ -111,6 +112,7 @@ def test_the_notebook_example_of_readme_runs(monkeypatch):
     assert int(names["runner"].train_state.step) == 8
 
 
+@pytest.mark.slow
 def test_the_trained_policy_of_usage_acts(monkeypatch):
     """docs/usage.md loads a run in Python. Its folder is replaced by that of a run of the tests."""
     monkeypatch.setattr(jax, "jit", quick_jit)
@@ -134,6 +136,7 @@ def replace_between(source: str, start: str, end: str, new: str) -> str:
     return before + new + end + rest.split(end, 1)[1]
 
 
+@pytest.mark.slow
 def test_a_memory_of_your_own_passes_the_tests(tmp_path):
     """The copy of docs/your_own.md, made as the page says, is found by the tests and passes them."""
     source = (ROOT / "ppo_lstm_tmaze.py").read_text()
@@ -186,6 +189,7 @@ def test_a_gymnax_environment_is_adapted():
     assert env.step("key", "state", 0, "params") is inner.step_env.return_value
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(monkeypatch):
     """docs/tutorial.ipynb from its first cell to its last: its assertions hold, and its agent learns."""
     monkeypatch.chdir(ROOT / "docs")

@@ -30,6 +30,8 @@ from cli import (
 )
 from common import FIRST, assert_identical, load, quick_jit
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--total-timesteps", 200 * BATCH, "--checkpoint-interval", 20]  # those of `finished`
 
 

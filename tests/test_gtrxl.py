@@ -144,6 +144,7 @@ def test_a_step_sees_just_its_window():
     assert moved[30 : 30 + reach + 1].all() and not moved[:30].any() and not moved[30 + reach + 1 :].any()
 
 
+@pytest.mark.slow
 def test_ratio_one_notices_a_missing_window():
     """Were learning to see further back than acting, as the authors' does, the ratio would not be 1."""
     played = copy.copy(played_by("ppo_gtrxl_tmaze"))

@@ -13,6 +13,8 @@ from gymnasium import spaces
 from envs.craftax import pack
 from envs.wrappers import AutoReset, EpisodeStatistics, PooledReset, VectorEnv
 
+pytestmark = pytest.mark.slow
+
 # A corridor so short that exploration and initial value, which help in a long one, are not needed.
 PPO = {
     "d_actor": 32, "d_critic": 32, "num_envs": 32, "num_steps": 32, "num_minibatches": 4, "update_epochs": 4,

@@ -3,7 +3,18 @@
 import jax
 import numpy as np
 import pytest
-from common import SCRIPTS, assert_close, build, load, quick_jit, random_observations, random_params, small_args
+from common import (
+    FEWER,
+    SCRIPTS,
+    assert_close,
+    build,
+    load,
+    quick_jit,
+    random_observations,
+    random_params,
+    slow_but,
+    small_args,
+)
 
 T, B = 50, 3
 RESETS = np.zeros((T, B), bool)
@@ -29,7 +40,7 @@ class Case:
         self.logits, self.value, self.end = self.apply(self.obs, RESETS, self.memory)
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=slow_but(SCRIPTS, FEWER))
 def case(request):
     return Case(request.param)
 

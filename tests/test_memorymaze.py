@@ -11,6 +11,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from common import slow_but
 from compare_memorymaze import check, record
 from gymnasium.utils.env_checker import check_env
 
@@ -70,7 +71,7 @@ def walk(env, actions, **reset_options):
 
 
 @needs_package
-@pytest.mark.parametrize("size", MAX_STEPS)
+@pytest.mark.parametrize("size", slow_but(MAX_STEPS, ["9x9"]))
 def test_same_as_the_package(make, size):
     """To the last bit; and again after another episode, when textures have been borrowed before."""
     env, seed = make(size), {"9x9": 7}.get(size, 1)

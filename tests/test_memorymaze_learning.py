@@ -13,6 +13,8 @@ from common import load, quick_jit
 from cue_maze import in_turn, make_env
 from test_learning import Forgetful
 
+pytestmark = pytest.mark.slow
+
 # Small agents for the cue task. An episode's only reward comes with its last action, so with gamma 0 the advantages of
 # all other actions are nearly 0, and not noise. AGaLiTe needs several heads: with two of them and eta 2, the key of the
 # cue and the query often have no entry in common, and the seed stays at chance. With r 2 it sometimes forgets again.

@@ -33,7 +33,18 @@ from cli import (
     steps,
     wait_for_row,
 )
-from common import MEMORYMAZE, assert_close, assert_identical, float64, load, log_prob_of, random_params, small_args
+from common import (
+    MEMORYMAZE,
+    assert_close,
+    assert_identical,
+    float64,
+    load,
+    log_prob_of,
+    quick_jit,
+    random_params,
+    slow_but,
+    small_args,
+)
 from cue_maze import STEPS, in_turn, make_env
 from PIL import Image
 
@@ -41,7 +52,7 @@ FIRST = ["ppo_agalite_memorymaze"]  # for what is the same text in all of them
 SIZES = {"num_envs": 8, "num_steps": 18, "num_minibatches": 2, "total_timesteps": 10**4}
 
 
-@pytest.fixture(scope="module", params=MEMORYMAZE)
+@pytest.fixture(scope="module", params=slow_but(MEMORYMAZE, ["ppo_lstm_memorymaze"]))
 def played(request):
     return Played(load(request.param))
 
@@ -66,14 +77,14 @@ class Played:
         # Sums over residual blocks grow with each; twice as large they would close the gates behind.
         self.params["params"]["encoder"] = jax.tree.map(lambda x: x / 2, self.params["params"]["encoder"])
         self.train_state = self.train_state.replace(params=self.params)
-        self.act = jax.jit(functools.partial(script.act, self.agent))
+        self.act = quick_jit(functools.partial(script.act, self.agent))
         self.initial_memory = self.agent.initial_memory(8)
         self.start = script.begin_episodes(self.args, self.envs, self.initial_memory, 0, 7)
         roll = functools.partial(script.host_rollout, self.args, self.envs, self.policy())
         self.middle, self.first, _, self.first_ended = roll(self.start, jax.random.key(2))
         self.memory = self.middle[-1]
         self.end, self.transitions, self.last_value, self.ended = roll(self.middle, jax.random.key(3))
-        self.apply = jax.jit(self.agent.apply)
+        self.apply = quick_jit(self.agent.apply)
 
     def policy(self, greedy: bool = False):
         return functools.partial(self.act, self.params, greedy)
@@ -243,6 +254,7 @@ def test_parameters_at_full_size(name, count):
     assert sum(jax.tree.leaves(sizes)) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMORYMAZE)
 def test_initial_parameters(name):
     """Kernels of the encoder have variance 1 / inputs, which keeps its features small enough for an LSTM's gates; both
@@ -250,7 +262,7 @@ def test_initial_parameters(name):
     script, rng = load(name), np.random.default_rng(0)
     agent = script.ActorCritic(script.Args(), 6)
     obs, reset = rng.integers(0, 256, (1, 4, 64, 64, 3), np.uint8), np.ones((1, 4), bool)
-    variables = jax.jit(agent.init)(jax.random.key(0), obs, reset, agent.initial_memory(4))
+    variables = quick_jit(agent.init)(jax.random.key(0), obs, reset, agent.initial_memory(4))
     params = float64(variables["params"])
     for path, x in jax.tree.leaves_with_path(params["encoder"]):
         if path[-1].key == "bias":
@@ -344,6 +356,7 @@ def begun(script, cwd, *flags, row=3, **options):
     return process, pids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", MEMORYMAZE)
 def test_run_leaves_what_it_promises(script, tmp_path):
     """A run leaves metrics, checkpoints, curve, video and evaluation; the terminal shows how it went."""
@@ -373,6 +386,7 @@ def test_run_leaves_what_it_promises(script, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "nothing outside runs/"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
     """Parameters and optimizer are those of the checkpoint: two copies of a killed run, resumed separately, end with
@@ -401,6 +415,7 @@ def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
     assert {name for name in after if after[name] != before.get(name)} <= {"learning_curve.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_killed_worker_is_named(script, tmp_path):
     """kill -9 of a worker ends the run with one sentence that names it and the way on, which works."""
@@ -415,6 +430,7 @@ def test_killed_worker_is_named(script, tmp_path):
     assert_gone(pids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_killed_run_leaves_no_orphans(script, tmp_path):
     """kill -9 of the run itself ends its workers too."""
@@ -424,6 +440,7 @@ def test_killed_run_leaves_no_orphans(script, tmp_path):
     assert_gone(pids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
     """Ctrl-C, which a terminal sends to all processes at once, ends the run after an update, saved."""
@@ -435,6 +452,7 @@ def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
     assert_gone(pids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_devices_share_the_learning(script, tmp_path):
     """Four virtual devices come to the parameters of one."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import MEMORYMAZE, MYSTERYPATH, build, count_parameters, load, quick_jit, small_args
+from common import MEMORYMAZE, MYSTERYPATH, build, count_parameters, load, quick_jit, slow_but, small_args
 
 script = load("ppo_agalite_mysterypath")  # the encoder is the same text in all scripts
 
@@ -60,7 +60,7 @@ def test_num_channels_is_the_first_convolution_and_half_of_the_others(name):
         assert widths(args) == [first] * blocks + [2 * first] * 2 * blocks
 
 
-@pytest.mark.parametrize("T, B, steps", [(6, 3, 2), (16, 1, 8), (3, 16, 1)])
+@pytest.mark.parametrize("T, B, steps", slow_but([(6, 3, 2), (16, 1, 8), (3, 16, 1)], [(6, 3, 2)]))
 @pytest.mark.parametrize("name", ["ppo_agalite_mysterypath", "ppo_agalite_memorymaze"])
 def test_pieces_change_no_number_and_are_for_a_cpu_only(name, T, B, steps):
     """in_pieces is the encoder, values and gradients, so many steps at once; a GPU gets all images at once."""

@@ -34,6 +34,7 @@ from common import (
     quick_jit,
     random_params,
     seed_keys,
+    slow_but,
     small_args,
     stagger,
     tiny_args,
@@ -83,7 +84,7 @@ def played_by(name: str) -> Played:
     return Played(load(name))
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=slow_but(SCRIPTS, FEWER))
 def played(request):
     return played_by(request.param)
 
@@ -660,6 +661,7 @@ def test_seeds_together_equal_seeds_alone(script, single_runs):
     assert np.abs(weights[0] - weights[1]).max() > 0.1 and np.abs(weights[1] - weights[2]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEWER)
 def test_four_devices_equal_one(name):
     """After two updates four devices give what one gives, with one seed (environments spread) and, in the first script,

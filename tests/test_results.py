@@ -118,6 +118,7 @@ def test_curves_look_back_as_far_as_needed():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_memory_no_step_knows_of_another():
     """The agent with its memory taken away does over a sequence what it does with each step alone."""
     script = load(*FIRST)

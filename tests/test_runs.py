@@ -27,6 +27,8 @@ from cli import (
 from common import CRAFTAX, FEWER, FIRST, SCRIPTS, TMAZE
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ["update", "seed", "global_step", "elapsed", "charts/SPS"]
 COLUMNS += ["charts/episodic_return", "charts/episodic_length", "charts/episodes", "charts/learning_rate"]
 COLUMNS += ["losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac"]
