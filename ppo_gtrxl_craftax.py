@@ -609,14 +609,11 @@ def main(args: Args) -> None:
     now = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # all processes share a folder
     run_dir = Path(existing or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{now[0]}.{now[1]:09}").absolute()
     try:
-        if chief and not existing:
-            run_dir.mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         if chief and args.track:
-            try:
-                tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
-            except wandb.Error as error:
-                raise SystemExit(f"--track: {error}") from None
+            tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
+        if chief and not existing:
+            run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
+            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         print(f"Run folder: {run_dir}\nCompiling, which may take minutes ...")
         runner = jax.jit(init_seeds, out_shardings=shardings[0])(args.seed + jnp.arange(args.num_seeds))
         size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))
@@ -638,6 +635,8 @@ def main(args: Args) -> None:
                 env = make_env(args, 1, evaluation=True)
                 record_video(env, policy, agent.initial_memory(1), args.seed, run_dir / "episode.gif")
             print(f"Results: {run_dir}")
+    except wandb.Error as error:
+        raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise SystemExit(f"{error}. If {run_dir} has checkpoints, --resume continues from the newest") from None
 

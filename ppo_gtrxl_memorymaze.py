@@ -617,11 +617,11 @@ def main(args: Args) -> None:
     try:
         envs = RecordEpisodeStatistics(Workers([make_env(args, index) for index in range(args.num_envs)]))
         agent = ActorCritic(args, envs.single_action_space.n)
-        if not existing:
-            run_dir.mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         if args.track:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
+        if not existing:
+            run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
+            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
 
         # Axis B is spread over the devices, whose number divides that of the groups (see `learn`).
         count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
@@ -664,6 +664,8 @@ def main(args: Args) -> None:
         raise SystemExit(error) from None
     except WorkerDied as error:
         raise SystemExit(f'{error}. To continue: python {sys.argv[0]} --resume "{run_dir}"') from None
+    except wandb.Error as error:
+        raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise SystemExit(f"{error}. If {run_dir} has checkpoints, --resume continues from the newest") from None
 

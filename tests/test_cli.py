@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+from unittest import mock
 
+import jax
 import pytest
 from cli import (
     BATCH,
@@ -20,7 +23,7 @@ from cli import (
     start,
     steps,
 )
-from common import FIRST, SCRIPTS, load, slow_but
+from common import FIRST, SCRIPTS, load, quick_jit, slow_but
 
 # Flags, and what the one sentence must name: the value, and the rule or the way out. Asked of the scripts that have the
 # first flag.
@@ -206,3 +209,32 @@ def test_switches_of_jax(script, tmp_path):
     switches = ENVIRONMENT | {"JAX_DEBUG_NANS": "1", "JAX_ENABLE_X64": "1"}
     run(script, "--total-timesteps", 2 * BATCH, cwd=tmp_path, env=switches)
     assert len(rows(folder_of(tmp_path))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [*FIRST, "ppo_agalite_memorymaze"])
+@pytest.mark.parametrize("key, reason", [("", "No API key"), ("a" * 40, "")])
+def test_without_weights_and_biases_nothing_begins(script, key, reason, tmp_path):
+    """If nobody is logged in, or the server cannot be reached, the error of W&B is the one sentence, and no arguments
+    are left."""
+    server = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
+    variables = ENVIRONMENT | server | {"WANDB_API_KEY": key, "HOME": str(tmp_path / "home")}
+    _, err = run(script, "--track", cwd=tmp_path, expect=1, env=variables, stdin=subprocess.DEVNULL)
+    assert err.splitlines()[-1].startswith("--track: ") and reason in err.splitlines()[-1] and "Traceback" not in err
+    assert not list(tmp_path.glob("runs/*/args.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", FIRST)
+def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypatch):
+    """A row per update at its global_step, also of a resumed run, and the evaluation at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jax, "jit", quick_jit)
+    tracker, module = mock.Mock(), load(script)
+    monkeypatch.setattr(module.wandb, "init", lambda **_: tracker)
+    for updates, flags in ((2, small_flags(script)), (4, ["--resume"])):
+        folder = [str(path) for path in tmp_path.glob("runs/*")]
+        module.main(module.parse_args([*flags, *folder, "--track", "--total-timesteps", str(updates * BATCH)]))
+    calls = [(call.kwargs.get("step"), call.args[0]) for call in tracker.log.call_args_list]
+    assert [step for step, _ in calls] == [BATCH, 2 * BATCH, None, 3 * BATCH, 4 * BATCH, None]
+    assert all(("eval/success" if step is None else "losses/entropy") in row for step, row in calls)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -642,6 +643,34 @@ def test_update_is_pure(single_runs):
     assert first[0].train_state.step == 2 * 4, "two updates of two epochs of two minibatches"
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), first[0].train_state.params, runner.train_state.params)
     assert all(jax.tree.leaves(moved)), "every parameter learns"
+
+
+class LaterEpisodes:
+    """In environment i the first episode ends after i % 5 + 1 steps, later ones after one. Outcomes: the episode's
+    number and its last action."""
+
+    num_envs, default_params, outcomes = 64, None, {"charts/number": "number", "charts/action": "action"}
+
+    def reset(self, key, params):
+        return jnp.zeros((64, 1)), (jnp.zeros(64, int), jnp.zeros(64, int))
+
+    def step(self, key, state, action, params):
+        number, time = state
+        done = (time == jnp.arange(64) % 5) | (number > 0)
+        state = number + done, jnp.where(done, 0, time + 1)
+        return jnp.zeros((64, 1)), state, jnp.zeros(64), done, {"number": 1.0 * number, "action": 1.0 * action}
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("greedy", [False, True])
+def test_an_evaluation_counts_first_episodes(name, greedy):
+    """The first of each environment and no later one, with actions sampled or the most probable."""
+    agent = mock.Mock(initial_memory=lambda B: jnp.zeros((B, 1)))
+    agent.apply = lambda logits, obs, reset, memory: (jnp.broadcast_to(logits, (1, 64, 2)), None, memory)
+    logits = jnp.array([0.0, 0.1])
+    result = load(name).evaluate(LaterEpisodes(), agent, logits, jax.random.key(0), greedy)
+    assert not result["number"].any()
+    assert result["action"].all() if greedy else 0.3 < result["action"].mean() < 0.7
 
 
 def test_seeds_together_equal_seeds_alone(script, single_runs):
