@@ -203,6 +203,19 @@ def test_an_update_learns_from_its_rollout(played_once):
     assert len(words) == 2 * (last_value + 2) and len(set(words)) == len(words)
 
 
+def test_acting_and_learning_are_lowered_for_a_gpu(played_once, monkeypatch):
+    """As test_ppo.py has it for an update."""
+    p = played_once
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    learn = functools.partial(p.script.learn_from, p.args)
+    for function, inputs in (
+        (functools.partial(p.script.act, p.agent), (p.params, False, jax.random.key(0), *p.middle)),
+        (learn, (p.train_state, jax.random.key(0), p.memory, p.transitions, p.last_value)),
+    ):
+        program = jax.export.export(jax.jit(function), platforms=["cuda"])(*inputs).mlir_module()
+        assert len(program) > 1e4 and "custom_call" not in program
+
+
 def test_evaluation_plays_new_episodes(played_once):
     """As many episodes as asked for, whole ones, and the same again with the same seed."""
     p, results = played_once, []

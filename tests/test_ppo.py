@@ -690,6 +690,17 @@ def test_seeds_together_equal_seeds_alone(script, single_runs):
     assert np.abs(weights[0] - weights[1]).max() > 0.1 and np.abs(weights[1] - weights[2]).max() > 0.1
 
 
+@pytest.mark.parametrize("name", slow_but(SCRIPTS, FEWER))
+def test_an_update_is_lowered_for_a_gpu(name, monkeypatch):
+    """Without one at hand: an update lowers for CUDA, by the path that a GPU takes, and calls no library of a CPU."""
+    script = load(name)
+    init, update = bind(script, tiny_args(script))
+    runner = jax.eval_shape(init, jax.random.key(0))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    program = jax.export.export(jax.jit(update), platforms=["cuda"])(runner).mlir_module()
+    assert len(program) > 1e5 and "custom_call" not in program
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEWER)
 def test_four_devices_equal_one(name):
