@@ -183,35 +183,30 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
     weight (F,), how many of the r frequencies share a cosine; reset (T, B), true where an episode starts.
 
     Time is cut into chunks of C = 16 steps. The backward pass keeps the memory between two chunks and computes a chunk
-    again when it gets there (jax.checkpoint), so the expanded arrays never exist for more than one chunk.
+    again when it gets there (jax.checkpoint). A step expands and reads by itself: what it needs stays in a CPU's cache.
     """
     T, C = len(k), min(len(k), 16)
-    expand = functools.partial(jnp.einsum, "tbhe,tbhd->tbhed")
+    expand = functools.partial(jnp.einsum, "bhe,bhd->bhed")
 
     def step(memory, inputs):
-        cos, decay, new_k, value_decay, new_v = inputs  # of one step; new_k = gamma k, new_v = beta v
+        reset, cos, k, q, v, beta, gamma, p1, p2, p3 = inputs
+        keep = 1.0 - reset[:, None, None]  # (B, 1, 1)
+        gamma = expand(p3, gamma)  # (B, H, e, d)
+        new_k, new_v = gamma * expand(p1, k), beta * v  # (B, H, e, d), (B, H, d)
+        decay, value_decay = (1 - gamma) * keep[..., None], (1 - beta) * keep
         norm = decay * memory.norm + new_k
         keys = decay[:, None] * memory.keys + cos[:, :, None, None, None] * new_k[:, None]
         values = value_decay[:, None] * memory.values + cos[:, :, None, None] * new_v[:, None]
-        memory = LayerMemory(keys, values, norm)
-        return memory, memory
-
-    @jax.checkpoint
-    def chunk(memory, inputs):
-        reset, cos, k, q, v, beta, gamma, p1, p2, p3 = inputs
-        keep = 1.0 - reset[..., None, None]  # (C, B, 1, 1)
-        k, q, gamma = expand(p1, k), expand(p2, q), expand(p3, gamma)  # (C, B, H, e, d)
-        inputs = cos, (1 - gamma) * keep[..., None], gamma * k, (1 - beta) * keep, beta * v
-        memory, (keys, values, norm) = jax.lax.scan(step, memory, inputs)
-        score = weight[:, None] * jnp.einsum("tbfhed,tbhed->tbfh", keys, q)
-        out = jnp.einsum("tbfh,tbfhd->tbhd", score, values)
-        return memory, out / (2 * weight.sum() * jnp.einsum("tbhed,tbhed->tbh", norm, q)[..., None] + 1e-5)
+        score = weight[:, None] * jnp.einsum("bfhed,bhe,bhd->bfh", keys, p2, q)
+        total = 2 * weight.sum() * jnp.einsum("bhed,bhe,bhd->bh", norm, p2, q) + 1e-5
+        out = jnp.einsum("bfh,bfhd->bhd", score, values) / total[..., None]
+        return LayerMemory(keys, values, norm), out
 
     def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is
         return jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])
 
-    inputs = reset, cos, k, q, v, beta, gamma, p1, p2, p3
-    memory, out = jax.lax.scan(chunk, memory, jax.tree.map(cut, inputs))
+    inputs = jax.tree.map(cut, (reset, cos, k, q, v, beta, gamma, p1, p2, p3))
+    memory, out = jax.lax.scan(jax.checkpoint(lambda *chunk: jax.lax.scan(step, *chunk)), memory, inputs)
     return memory, out.reshape(-1, *v.shape[1:])[:T]
 
 

@@ -167,29 +167,24 @@ def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, 
     again when it gets there (jax.checkpoint), so there are never more than C matrices at once.
     """
     T, C = len(k), min(len(k), 16)
-    expand = functools.partial(jnp.einsum, "tbhd,tbhe->tbhde")
+    expand = functools.partial(jnp.einsum, "bhd,bhe->bhde")
     outer = functools.partial(jnp.einsum, "bhi,bhde->bhide")
 
     def step(memory, inputs):
-        keep, k, gamma, v, beta, q = inputs
-        norm = keep[..., 0] * (1 - gamma) * memory.norm + k
-        matrix = keep * (1 - outer(beta, gamma)) * memory.matrix + outer(v, k)
-        # Read here, while the matrix is in the cache: on a CPU, reads of a whole chunk are 1.5 times slower.
+        reset, k, q, v, beta, gamma, p1, p2, p3 = inputs
+        keep = 1.0 - reset[:, None, None, None]  # (B, 1, 1, 1)
+        gamma, q = expand(gamma, p3), expand(q, p2)  # (B, H, d, e)
+        k = gamma * expand(k, p1)
+        norm = keep * (1 - gamma) * memory.norm + k
+        matrix = keep[..., None] * (1 - outer(beta, gamma)) * memory.matrix + outer(beta * v, k)  # (B, H, d, d, e)
         read, total = jnp.einsum("bhide,bhde->bhi", matrix, q), jnp.einsum("bhde,bhde->bh", norm, q)
         return MatrixMemory(matrix, norm), read / (total[..., None] + 1e-10)  # (B, H, d)
-
-    @jax.checkpoint
-    def chunk(memory, inputs):
-        reset, k, q, v, beta, gamma, p1, p2, p3 = inputs
-        keep = 1.0 - reset[..., None, None, None, None]  # (C, B, 1, 1, 1, 1)
-        k, q, gamma = expand(k, p1), expand(q, p2), expand(gamma, p3)  # (C, B, H, d, e)
-        return jax.lax.scan(step, memory, (keep, gamma * k, gamma, beta * v, beta, q))
 
     def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is
         return jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])
 
-    inputs = reset, k, q, v, beta, gamma, p1, p2, p3
-    memory, out = jax.lax.scan(chunk, memory, jax.tree.map(cut, inputs))
+    inputs = jax.tree.map(cut, (reset, k, q, v, beta, gamma, p1, p2, p3))
+    memory, out = jax.lax.scan(jax.checkpoint(lambda *chunk: jax.lax.scan(step, *chunk)), memory, inputs)
     return memory, out.reshape(-1, *v.shape[1:])[:T]
 
 

@@ -22,10 +22,10 @@ KILLED = "tests/test_runs.py::test_killed_run_resumes_bit_for_bit[ppo_agalite_tm
 # name: file, text, faulty text, tests that should catch it
 FAULTS = {
     "the memory is cleared a step late": (
-        TMAZE, "keep = 1.0 - reset[..., None, None]", "keep = 1.0 - jnp.roll(reset, 1, 0)[..., None, None]", MEMORY
+        TMAZE, "jax.tree.map(cut, (reset, cos,", "jax.tree.map(cut, (jnp.roll(reset, 1, 0), cos,", MEMORY
     ),
     "the memory is never cleared": (
-        TMAZE, "keep = 1.0 - reset[..., None, None]", "keep = 1.0 - 0.0 * reset[..., None, None]", MEMORY
+        TMAZE, "keep = 1.0 - reset[:, None, None]", "keep = 1.0 - 0.0 * reset[:, None, None]", MEMORY
     ),
     "time is not counted from the start of an episode": (
         TMAZE, "jnp.where(reset, 2, tick + 1)", "(tick + 1)", "tests/test_agalite.py"
@@ -35,7 +35,7 @@ FAULTS = {
     ),
     "both cosines of an odd r count twice": (TMAZE, ".at[self.args.r // 2 :].set(1.0)", "", "tests/test_agalite.py"),
     "p1 and p2 are exchanged": (
-        TMAZE, "expand(p1, k), expand(p2, q)", "expand(p2, k), expand(p1, q)", "tests/test_agalite.py"
+        TMAZE, "beta, gamma, p1, p2, p3))", "beta, gamma, p2, p1, p3))", "tests/test_agalite.py"
     ),
     "the gate's bias has the wrong sign": (
         TMAZE, "nn.sigmoid(z_y + z_x - bias)", "nn.sigmoid(z_y + z_x + bias)", "tests/test_agalite.py"

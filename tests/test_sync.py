@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import plant_faults
 import pytest
 import sync
 
@@ -175,3 +176,9 @@ def test_an_unknown_source_is_refused(scripts, capsys):
     with pytest.raises(SystemExit):
         sync.main(scripts[0].parent, ["--from", "ppo_third.py"])
     assert "not one of the project's scripts" in capsys.readouterr().err
+
+
+def test_every_planted_fault_finds_its_place():
+    """Each text that plant_faults.py replaces stands once in its file, and the fault differs from it."""
+    for name, (file, text, faulty, _) in plant_faults.FAULTS.items():
+        assert (ROOT / file).read_text().count(text) == 1 and faulty != text, name

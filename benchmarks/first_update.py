@@ -1,0 +1,55 @@
+"""How long a script takes from the command to the first row of metrics.csv, in three parts.
+
+    python benchmarks/first_update.py ppo_agalite_tmaze.py [its flags]
+
+Starts it in an empty folder, without a cache of compiled programs, as often as --repeats says (3), and prints medians:
+imports, up to "Compiling"; initialisation, compiled and run; and the first update, compiled and run.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def first_row(script: Path, flags: list[str]) -> list[float]:
+    """-> seconds of the three parts."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    with tempfile.TemporaryDirectory() as folder:
+        start, times = time.perf_counter(), []
+        command = [sys.executable, "-u", script.resolve(), *flags]
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for line in process.stdout:
+            if line.startswith("Compiling") or " parameters, " in line:
+                times.append(time.perf_counter() - start)
+            if " parameters, " in line:
+                break
+        table = lambda: [path.read_text().count("\n") for path in Path(folder).glob("runs/*/metrics.csv")]
+        while process.poll() is None and max(table(), default=0) < 2:
+            time.sleep(0.05)
+        times.append(time.perf_counter() - start)
+        process.kill()
+        process.communicate()
+    assert len(times) == 3, "the script ended before its first row"
+    return [times[0], times[1] - times[0], times[2] - times[1]]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    args, flags = parser.parse_known_args()
+    parts = [
+        statistics.median(part)
+        for part in zip(*(first_row(args.script, flags) for _ in range(args.repeats)), strict=True)
+    ]
+    print(
+        "imports {:.1f} s, initialisation {:.1f} s, first update {:.1f} s".format(*parts),
+        f"together {sum(parts):.1f} s",
+    )
