@@ -122,9 +122,11 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 
 
 def over_time(cell, kernel, bias, of_x, reset, memory):
-    """Steps of cell(of_x, h @ kernel + bias, memory), of_x (T, B, n) -> h (T, B, D), memory after the last step.
+    """Steps cell(of_x, h @ kernel + bias, memory) through time -> all h (T, B, D), memory after the last step.
 
-    The gradient of the kernel is one product after the loop: a sum over its steps would take more time than all else.
+    kernel (D, n), bias (n,), of_x (T, B, n), reset (T, B); h (B, D), the output of the last step, is the last array of
+    the memory. The gradient of the kernel is one product after the loop: on a CPU, adding to it in every step would
+    take more time than all else.
     """
 
     def loop(kernel, bias, of_x, reset, memory):
@@ -149,6 +151,7 @@ def over_time(cell, kernel, bias, of_x, reset, memory):
 
     run = jax.custom_vjp(lambda *inputs: loop(*inputs)[0])
     run.defvjp(forward, backward)
+    # Each step and environment gets its own copy of the bias, whose gradient (T, B, n) is that of its product.
     return run(kernel, jnp.broadcast_to(bias, of_x.shape), of_x, reset, memory)
 
 
