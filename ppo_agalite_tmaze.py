@@ -50,6 +50,7 @@ from envs.wrappers import AutoReset, EpisodeNoise, EpisodeStatistics, TimeAwareO
 class Args:
     # The run. `python ppo_agalite_tmaze.py --help` shows these comments.
     exp_name: str = Path(__file__).stem  # part of the name of the run folder
+    runs_dir: str = "runs"  # where the run folder is made
     seed: int = 1  # decides parameters, environments, actions and minibatches
     num_seeds: int = 1  # how many seeds to train at once: seed, seed + 1, ...
     total_timesteps: float = 1.5e6  # environment steps per seed (published: 5e6)
@@ -604,7 +605,7 @@ def main(args: Args) -> None:
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
     existing, chief, tracker = args.resume or args.evaluate, jax.process_index() == 0, None
     now = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # all processes share a folder
-    run_dir = Path(existing or f"runs/tmaze__{args.exp_name}__{args.seed}__{now[0]}.{now[1]:09}").absolute()
+    run_dir = Path(existing or f"{args.runs_dir}/tmaze__{args.exp_name}__{args.seed}__{now[0]}.{now[1]:09}").absolute()
     try:
         if chief and args.track:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))

@@ -53,6 +53,7 @@ from envs.wrappers import OptimisticReset, record_video
 class Args:
     # The run. `python ppo_gtrxl_craftax.py --help` shows these comments.
     exp_name: str = Path(__file__).stem  # part of the name of the run folder
+    runs_dir: str = "runs"  # where the run folder is made
     seed: int = 1  # decides parameters, environments, actions and minibatches
     num_seeds: int = 1  # how many seeds to train at once: seed, seed + 1, ...
     total_timesteps: float = 1e9  # environment steps per seed
@@ -607,7 +608,8 @@ def main(args: Args) -> None:
 
     existing, chief, tracker = args.resume or args.evaluate, jax.process_index() == 0, None
     now = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # all processes share a folder
-    run_dir = Path(existing or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{now[0]}.{now[1]:09}").absolute()
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now[0]}.{now[1]:09}"
+    run_dir = Path(existing or f"{args.runs_dir}/{name}").absolute()
     try:
         if chief and args.track:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))

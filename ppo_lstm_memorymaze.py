@@ -56,6 +56,7 @@ from envs.workers import WorkerDied, Workers
 class Args:
     # The run. `python ppo_lstm_memorymaze.py --help` shows these comments.
     exp_name: str = Path(__file__).stem  # part of the name of the run folder
+    runs_dir: str = "runs"  # where the run folder is made
     seed: int = 1  # decides parameters, environments, actions and minibatches
     total_timesteps: float = 1e8  # environment steps per seed
     checkpoint_interval: int = 20  # updates between two checkpoints
@@ -550,7 +551,8 @@ def main(args: Args) -> None:
     for library in ("absl", "asyncio"):  # they log the tracebacks of errors that orbax raises anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
     existing, tracker, headline = args.resume or args.evaluate, None, ["charts/episodic_return"]
-    run_dir = Path(existing or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}").absolute()
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}"
+    run_dir = Path(existing or f"{args.runs_dir}/{name}").absolute()
     try:
         envs = RecordEpisodeStatistics(Workers([make_env(args, index) for index in range(args.num_envs)]))
         agent = ActorCritic(args, envs.single_action_space.n)

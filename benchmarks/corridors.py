@@ -45,7 +45,8 @@ Size = Literal["published", "small"]
 TITLES = {"published": "published gates", "chrono": "gates that start with long memories"}
 CHRONO_STEPS = {"published": 1, "chrono": 300}
 GATED = ("agalite", "galite")  # have such gates
-FREE = "resume evaluate checkpoint_interval eval_episodes capture_video track distributed".split()  # same computation
+# Flags that change nothing in the computation.
+FREE = "runs_dir resume evaluate checkpoint_interval eval_episodes capture_video track distributed".split()
 TRIED = {"length": 80, "seed": 100, "num_seeds": 2}  # where learning rates are tried
 HEADS = ["--d-actor=32", "--d-critic=32"]
 LAYERS = [*HEADS, "--num-layers=2", "--d-model=32", "--d-head=16", "--num-heads=2"]

@@ -29,7 +29,8 @@ from scipy.stats import t as student
 # What a task is measured by: results of the evaluation. The first one is drawn.
 OUTCOMES = {"tmaze": ["success"], "MysteryPath": ["episodic_return", "success"], "Craftax": ["score"]}
 # Flags that change the computation of a single seed no more than the seed does.
-FREE = "seed num_seeds checkpoint_interval resume evaluate eval_episodes capture_video track distributed".split()
+FREE = "runs_dir seed num_seeds distributed checkpoint_interval resume evaluate eval_episodes capture_video track"
+FREE = FREE.split()
 
 
 def recent(rows: list[dict], metric: str, episodes: int) -> Iterator[tuple[dict, float, int]]:

@@ -195,10 +195,12 @@ def test_finished_run_can_be_extended(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_runs_started_together_have_folders_of_their_own(script, tmp_path):
-    """Two runs of one seed that start at the same moment do not share a folder."""
-    for process in [start(script, "--total-timesteps", BATCH, cwd=tmp_path) for _ in range(2)]:
+    """Two runs of one seed that start at the same moment do not share a folder. --runs-dir says where it is."""
+    flags = "--total-timesteps", BATCH, "--runs-dir", tmp_path / "else" / "where"
+    for process in [start(script, *flags, cwd=tmp_path) for _ in range(2)]:
         finish(process)
-    folders = list((tmp_path / "runs").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["else"]
+    folders = list((tmp_path / "else" / "where").iterdir())
     assert len(folders) == 2 and all(len(rows(folder)) == 1 and steps(folder) == [1] for folder in folders)
 
 
