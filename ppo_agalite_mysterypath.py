@@ -169,14 +169,14 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
         norm_t   = (1 - gamma_t) norm_{t-1}   + gamma_t k_t             (B, H, e, d)
         keys_t   = (1 - gamma_t) keys_{t-1}   + gamma_t k_t cos(w t)    (B, F, H, e, d), one for each frequency w
         values_t = (1 - beta_t)  values_{t-1} + beta_t  v_t cos(w t)    (B, F, H, d)
-        out_t    = sum_w values_t (keys_t . q_t) / (2 r norm_t . q_t)   (B, H, d)
+        out_t    = sum_w values_t (keys_t . q_t) / (2 r norm_t . q_t + 1e-5)   (B, H, d)
 
     k, q and gamma (T, B, H, d) are expanded to (T, B, H, e, d) by outer products with p1, p2 and p3, in this order.
     Inputs: k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) after their activations; cos (T, B, F);
     weight (F,), how many of the r frequencies share a cosine; reset (T, B), true where an episode starts.
 
     Time is cut into chunks of C = 16 steps. The backward pass keeps the memory between two chunks and computes a chunk
-    again when it gets there (jax.checkpoint). A step expands and reads by itself: what it needs stays in a CPU's cache.
+    again when it gets there (jax.checkpoint). A step expands only its own k, q and gamma, which stay in a CPU's cache.
     """
     T, C = len(k), min(len(k), 16)
     expand = functools.partial(jnp.einsum, "bhe,bhd->bhed")

@@ -159,13 +159,13 @@ def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, 
 
         norm_t   = (1 - gamma_t) norm_{t-1}          + gamma_t k_t             (B, H, d, e)
         matrix_t = (1 - beta_t gamma_t) matrix_{t-1} + beta_t v_t gamma_t k_t  (B, H, d, d, e), outer products
-        out_t    = matrix_t q_t / (norm_t . q_t)                               (B, H, d)
+        out_t    = matrix_t q_t / (norm_t . q_t + 1e-10)                       (B, H, d)
 
     k, q and gamma are expanded from d to (d, e) by outer products with p1, p2 and p3.
     Inputs: k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) after their activations; reset (T, B).
 
     Time is cut into chunks of C = 16 steps. The backward pass keeps the memory between two chunks and computes a chunk
-    again when it gets there (jax.checkpoint), so there are never more than C matrices at once.
+    again when it gets there (jax.checkpoint), so there are about T / C + C matrices at once instead of T.
     """
     T, C = len(k), min(len(k), 16)
     expand = functools.partial(jnp.einsum, "bhd,bhe->bhde")
@@ -175,9 +175,9 @@ def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, 
         reset, k, q, v, beta, gamma, p1, p2, p3 = inputs
         keep = 1.0 - reset[:, None, None, None]  # (B, 1, 1, 1)
         gamma, q = expand(gamma, p3), expand(q, p2)  # (B, H, d, e)
-        k = gamma * expand(k, p1)
-        norm = keep * (1 - gamma) * memory.norm + k
-        matrix = keep[..., None] * (1 - outer(beta, gamma)) * memory.matrix + outer(beta * v, k)  # (B, H, d, d, e)
+        new_k = gamma * expand(k, p1)
+        norm = keep * (1 - gamma) * memory.norm + new_k
+        matrix = keep[..., None] * (1 - outer(beta, gamma)) * memory.matrix + outer(beta * v, new_k)  # (B, H, d, d, e)
         read, total = jnp.einsum("bhide,bhde->bhi", matrix, q), jnp.einsum("bhde,bhde->bh", norm, q)
         return MatrixMemory(matrix, norm), read / (total[..., None] + 1e-10)  # (B, H, d)
 

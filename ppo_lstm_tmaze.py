@@ -5,7 +5,7 @@
 The agent sees a cue at the start of a corridor. At the other end, 159 steps later, it must turn as the cue showed.
 Its memory is an LSTM (Hochreiter and Schmidhuber 1997); it is trained with PPO (Schulman et al. 2017).
 
-What to learn here: how to step a cell over time (`over_time`). To try your own memory, copy this script and replace it.
+What to learn here: how to step a cell over time (`over_time`). To try your own memory, copy this script.
 
 Axes, time first: T time steps, B environments, S seeds, A actions, D hidden_size.
 """
@@ -123,36 +123,37 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 
 
 def over_time(cell, kernel, bias, of_x, reset, memory):
-    """Steps cell(of_x, h @ kernel + bias, memory) through time -> all h (T, B, D), memory after the last step.
+    """Steps a cell through time -> its outputs h (T, B, D), memory after the last step.
 
-    kernel (D, n), bias (n,), of_x (T, B, n), reset (T, B); h (B, D), the output of the last step, is the last array of
-    the memory. The gradient of the kernel is one product after the loop: on a CPU, adding to it in every step would
-    take more time than all else.
+    cell(of_x, of_h, memory) -> memory, where of_x and of_h = h @ kernel + bias are (B, N). The memory is a tuple of
+    arrays (B, D), the last of them is the output h. kernel (D, N), bias (N,), of_x (T, B, N), reset (T, B).
+    The gradient of the kernel is one product after the loop: with few environments on a CPU, adding to it in every step
+    would take half of the time (docs/speed.md).
     """
 
     def loop(kernel, bias, of_x, reset, memory):
         def step(memory, inputs):
-            bias, of_x, reset = inputs  # (B, n), (B, n), (B,)
+            bias, of_x, reset = inputs  # (B, N), (B, N), (B,)
             memory = jax.tree.map(lambda m: jnp.where(reset[:, None], 0.0, m), memory)
-            last = memory[-1]  # (B, D)
-            memory = cell(of_x, last @ kernel + bias, memory)
-            return memory, (memory[-1], last)
+            previous = memory[-1]  # (B, D)
+            memory = cell(of_x, previous @ kernel + bias, memory)
+            return memory, (memory[-1], previous)
 
-        memory, (h, last) = jax.lax.scan(step, memory, (bias, of_x, reset))  # (T, B, D) twice
-        return (h, memory), last
+        memory, (h, previous) = jax.lax.scan(step, memory, (bias, of_x, reset))  # (T, B, D) twice
+        return (h, memory), previous
 
-    def forward(kernel, *inputs):
-        outputs, backward, last = jax.vjp(functools.partial(loop, kernel), *inputs, has_aux=True)
-        return outputs, (backward, last)
+    def forward(kernel, *inputs):  # to jax.vjp the kernel is a constant
+        outputs, pull_back, previous = jax.vjp(functools.partial(loop, kernel), *inputs, has_aux=True)
+        return outputs, (pull_back, previous)
 
     def backward(saved, gradients):
-        backward, last = saved
-        of_bias, *others = backward(gradients)
-        return jnp.einsum("tbi,tbj->ij", last, of_bias), of_bias, *others
+        pull_back, previous = saved
+        of_bias, *of_others = pull_back(gradients)
+        return jnp.einsum("tbi,tbj->ij", previous, of_bias), of_bias, *of_others
 
     run = jax.custom_vjp(lambda *inputs: loop(*inputs)[0])
     run.defvjp(forward, backward)
-    # Each step and environment gets its own copy of the bias, whose gradient (T, B, n) is that of its product.
+    # A copy of the bias per step and environment: its gradient (T, B, N) is that of the step's product h @ kernel.
     return run(kernel, jnp.broadcast_to(bias, of_x.shape), of_x, reset, memory)
 
 
@@ -168,7 +169,7 @@ class LSTM(nn.Module):
             c = nn.sigmoid(f) * memory[0] + nn.sigmoid(i) * nn.tanh(g)
             return c, nn.sigmoid(o) * nn.tanh(c)
 
-        D, init = self.hidden_size, orthogonal(math.sqrt(2))
+        D, init = self.hidden_size, orthogonal(math.sqrt(2))  # each gate has an orthogonal kernel of its own
         of_x = jnp.concatenate([dense(D, use_bias=False)(x) for _ in range(4)], axis=-1)  # (T, B, 4 D)
         kernel = jnp.hstack([self.param(f"kernel_{gate}", init, (D, D)) for gate in "ifgo"])  # (D, 4 D)
         bias = self.param("bias", constant(0.0), (4 * D,))

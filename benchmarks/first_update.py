@@ -30,13 +30,14 @@ def first_row(script: Path, flags: list[str]) -> list[float]:
                 times.append(time.perf_counter() - start)
             if " parameters, " in line:
                 break
-        table = lambda: [path.read_text().count("\n") for path in Path(folder).glob("runs/*/metrics.csv")]
-        while process.poll() is None and max(table(), default=0) < 2:
+        lines = lambda: [path.read_text().count("\n") for path in Path(folder).glob("runs/*/metrics.csv")]
+        while process.poll() is None and max(lines(), default=0) < 2:  # the header and the first row
             time.sleep(0.05)
         times.append(time.perf_counter() - start)
+        has_row = max(lines(), default=0) == 2
         process.kill()
         process.communicate()
-    assert len(times) == 3, "the script ended before its first row"
+    assert has_row and len(times) == 3, "the script ended before its first row"
     return [times[0], times[1] - times[0], times[2] - times[1]]
 
 

@@ -2,13 +2,14 @@
 
     python benchmarks/results.py docs/results/tmaze runs/tmaze__ppo_agalite_tmaze__*
 
-writes docs/results/tmaze.md, a row per seed, and docs/results/tmaze.png: what the task is measured by and the length of
-episodes over steps and over minutes. Runs whose script or flags differ get a colour each, and a column for each flag
-that differs. A thin line is a seed, a thick one the mean of several; a point is the mean of the last 100 episodes, at
-the start of a run of 20 or more.
+writes docs/results/tmaze.md, a row per seed, and docs/results/tmaze.png: the outcome over steps and over minutes, and
+the length of episodes over steps. Runs whose script or flags differ get a colour each, and a column for each flag that
+differs. A thin line is a seed, a thick line the mean of the seeds (over steps only). A point is the mean of the last
+100 episodes, initially of at least 20.
 
 "Solved", on the T-Maze, is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the
-final evaluation with sampled actions. Minutes are those since the start of training, compilation included. ± is a 95%
+final evaluation with sampled actions; the median counts a seed that is not solved as infinitely late. Minutes, with
+compilation of the update, are those until solved on the T-Maze, and elsewhere those of the whole run. ± is a 95%
 interval over seeds (Student's t).
 """
 
@@ -28,9 +29,9 @@ from scipy.stats import t as student
 
 # What a task is measured by: results of the evaluation. The first one is drawn.
 OUTCOMES = {"tmaze": ["success"], "MysteryPath": ["episodic_return", "success"], "Craftax": ["score"]}
-# Flags that change the computation of a single seed no more than the seed does.
-FREE = "runs_dir seed num_seeds distributed checkpoint_interval resume evaluate eval_episodes capture_video track"
-FREE = FREE.split()
+# Flags that may differ between runs of one setting: the seed, and what does not change the training.
+FREE = {"runs_dir", "seed", "num_seeds", "distributed", "checkpoint_interval", "resume", "evaluate", "eval_episodes"}
+FREE |= {"capture_video", "track"}
 
 
 def recent(rows: list[dict], metric: str, episodes: int) -> Iterator[tuple[dict, float, int]]:
@@ -91,7 +92,7 @@ def draw(settings: dict[str, list[list[dict]]], outcome: str, path: Path):
         axis.set(ylabel=shown.removeprefix("charts/").replace("_", " "))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -126,9 +127,9 @@ def main(name: str, folders: list[str]):
         if len(seeds) > 1:
             median = statistics.median(steps or [0])
             count = f"{sum(step < float('inf') for step in steps)} of {len(steps)}"
-            solved = [count + (f", median {median:,.0f}" if median < float("inf") else "")] if steps else []
+            solved_cell = [count + (f", median {median:,.0f}" if median < float("inf") else "")] if steps else []
             means = [cell([results[key] for *_, results in seeds]) for key in seeds[0][2]]
-            cells.append([*values, "**all**", *solved, "", *means])
+            cells.append([*values, "**all**", *solved_cell, "", *means])
     lines = ["| " + " | ".join(row) + " |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]]]
     text = f"Made by `python benchmarks/results.py {name} ...` from the folders of the runs.\n\n" + "\n".join(lines)
     Path(f"{name}.md").write_text(text + "\n")

@@ -51,7 +51,7 @@ FAULTS = {
         "ppo_lstm_tmaze.py", "jnp.where(reset[:, None], 0.0, m)", "m", "tests/test_memory.py -k lstm_tmaze"
     ),
     "the recurrent kernel's gradient is a step late": (
-        "ppo_gru_tmaze.py", 'jnp.einsum("tbi,tbj->ij", last,', 'jnp.einsum("tbi,tbj->ij", jnp.roll(last, 1, 0),',
+        "ppo_gru_tmaze.py", '"tbi,tbj->ij", previous,', '"tbi,tbj->ij", jnp.roll(previous, 1, 0),',
         "tests/test_rnn.py"
     ),
     "the memory is not stored": (TMAZE, "obs=obs, reset=done, memory=memory)", "obs=obs, reset=done)", PPO),

@@ -1,4 +1,4 @@
-"""What a run of each script leaves, and that a killed one, resumed, leaves the same."""
+"""What a run of each script leaves, and that a killed and resumed run leaves the same. Not for Memory Maze."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def run_to_its_end(script, **options):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_run_leaves_what_it_promises(script):
-    """A run leaves arguments, metrics, checkpoints, curve, video and evaluation; the terminal tells how it went."""
+    """A run leaves arguments, metrics, checkpoints, curve, video and evaluation; the terminal shows the results."""
     real = {"stand_in": False} if script == CRAFTAX[0] else {}  # one script plays the game itself
     folder = run_to_its_end(script, **real)
     # Losing health costs a little.
@@ -87,7 +87,7 @@ def test_run_leaves_what_it_promises(script):
 
     out, err = printed(folder)
     lines = out.splitlines()
-    assert lines[0] == f"Run folder: {folder}" and lines[1].startswith("Compiling"), "said before it takes long"
+    assert lines[0] == f"Run folder: {folder}" and lines[1].startswith("Compiling"), "printed before the long wait"
     size = sum(x[0].size for x in jax.tree.leaves(checkpoint(folder)["train_state"]["params"]))
     assert lines[2] == f"{size:,} parameters, {updates} updates of {BATCH} steps"
     assert "step/s" in err and "episodic_return=" in err and f"{outcome}=" in err
@@ -106,8 +106,8 @@ def test_run_leaves_what_it_promises(script):
 
 @pytest.mark.parametrize("script", FEWER)
 def test_killed_run_resumes_bit_for_bit(script, tmp_path):
-    """A run killed in mid-episode and resumed, the first script's twice, ends with the very numbers of one that was
-    not."""
+    """A run that is killed in mid-episode and resumed (the first script's twice) ends with the same bits as an
+    uninterrupted run."""
     updates, kill_at = (200, [60]) if script in TMAZE else (40, [15])
     kill_at = [25, 110] if script in FIRST else kill_at
     flags = ["--total-timesteps", updates * BATCH, "--checkpoint-interval", updates // 10]
@@ -127,7 +127,7 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_several_seeds_have_rows_each(script, tmp_path):
-    """--num-seeds 2 leaves a row an update and seed, and the seeds differ."""
+    """--num-seeds 2 leaves a row per update and seed, and the seeds differ."""
     run(script, "--num-seeds", 2, "--seed", 3, "--total-timesteps", 12 * BATCH, cwd=tmp_path)
     folder = folder_of(tmp_path)
     check_metrics(folder, [3, 4], 12)
