@@ -4,8 +4,8 @@
 
 writes docs/results/tmaze.md, a row per seed, and docs/results/tmaze.png: the outcome over steps and over minutes, and
 the length of episodes over steps. Runs whose script or flags differ get a colour each, and a column for each flag that
-differs. A thin line is a seed, a thick line the mean of the seeds (over steps only). A point is the mean of the last
-100 episodes, initially of at least 20.
+differs. A thin line is a seed, a thick line the mean of the seeds (over steps only). A point is the mean of the last 2%
+of the run's episodes, but of 100 at least, initially of 20.
 
 "Solved", on the T-Maze, is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the
 final evaluation with sampled actions; the median counts a seed that is not solved as infinitely late. Minutes, with
@@ -80,7 +80,10 @@ def draw(settings: dict[str, list[list[dict]]], outcome: str, path: Path):
     figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
     for axis, (shown, over) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for number, (name, seeds) in enumerate(settings.items()):
-            points = [[(float(row[over]), y) for row, y, n in recent(rows, shown, 100) if n >= 20] for rows in seeds]
+            points = []
+            for rows in seeds:
+                width = max(100, sum(int(row["charts/episodes"]) for row in rows) // 50)
+                points.append([(float(row[over]), y) for row, y, n in recent(rows, shown, width) if n >= 20])
             curves = [np.array(seed).T / [[60 if over == "elapsed" else 1], [1]] for seed in points if seed]
             for x, y in curves:
                 axis.plot(x, y, f"C{number}", linewidth=0.8, alpha=0.5)
