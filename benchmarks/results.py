@@ -65,9 +65,9 @@ def interval(values) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def cell(values: list[float]) -> str:
+def cell(outcome: str, values: list[float]) -> str:
     """Their mean, with its interval if there are several."""
-    form = ".3f" if max(np.abs(values)) < 10 else ".1f"
+    form = ".1f" if outcome == "score" else ".3f"
     return " ± ".join(f"{x:{form}}" for x in interval(values)[: len(values)])
 
 
@@ -126,12 +126,12 @@ def main(name: str, folders: list[str]):
                 solved = solved_at(rows) if results["sampled", "success"] >= 0.95 else None
                 steps.append(solved[0] if solved else float("inf"))
                 minutes = [f"{solved[0]:,}", f"{solved[1]:.1f}"] if solved else ["not", "-"]
-            cells.append([*values, str(seed), *minutes, *(cell([x]) for x in results.values())])
+            cells.append([*values, str(seed), *minutes, *(cell(name, [x]) for (_, name), x in results.items())])
         if len(seeds) > 1:
             median = statistics.median(steps or [0])
             count = f"{sum(step < float('inf') for step in steps)} of {len(steps)}"
             solved_cell = [count + (f", median {median:,.0f}" if median < float("inf") else "")] if steps else []
-            means = [cell([results[key] for *_, results in seeds]) for key in seeds[0][2]]
+            means = [cell(key[1], [results[key] for *_, results in seeds]) for key in seeds[0][2]]
             cells.append([*values, "**all**", *solved_cell, "", *means])
     lines = ["| " + " | ".join(row) + " |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]]]
     text = f"Made by `python benchmarks/results.py {name} ...` from the folders of the runs.\n\n" + "\n".join(lines)
