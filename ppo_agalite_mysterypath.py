@@ -166,9 +166,9 @@ class Memory(NamedTuple):
 def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, beta, gamma, p1, p2, p3):
     """AGaLiTe's recurrence (Algorithm 2 of the paper) -> memory after the last step, out (T, B, H, d).
 
-        norm_t   = (1 - gamma_t) norm_{t-1}   + gamma_t k_t             (B, H, e, d)
-        keys_t   = (1 - gamma_t) keys_{t-1}   + gamma_t k_t cos(w t)    (B, F, H, e, d), one for each frequency w
-        values_t = (1 - beta_t)  values_{t-1} + beta_t  v_t cos(w t)    (B, F, H, d)
+        norm_t   = (1 - gamma_t) norm_{t-1}   + gamma_t k_t                    (B, H, e, d)
+        keys_t   = (1 - gamma_t) keys_{t-1}   + gamma_t k_t cos(w t)           (B, F, H, e, d), one for each frequency w
+        values_t = (1 - beta_t)  values_{t-1} + beta_t  v_t cos(w t)           (B, F, H, d)
         out_t    = sum_w values_t (keys_t . q_t) / (2 r norm_t . q_t + 1e-5)   (B, H, d)
 
     k, q and gamma (T, B, H, d) are expanded to (T, B, H, e, d) by outer products with p1, p2 and p3, in this order.
@@ -176,7 +176,7 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
     weight (F,), how many of the r frequencies share a cosine; reset (T, B), true where an episode starts.
 
     Time is cut into chunks of C = 16 steps. The backward pass keeps the memory between two chunks and computes a chunk
-    again when it gets there (jax.checkpoint). A step expands only its own k, q and gamma, which stay in a CPU's cache.
+    again when it gets there (jax.checkpoint). A step expands only its own k and gamma, which stay in a CPU's cache.
     """
     T, C = len(k), min(len(k), 16)
     expand = functools.partial(jnp.einsum, "bhe,bhd->bhed")
@@ -190,9 +190,9 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
         norm = decay * memory.norm + new_k
         keys = decay[:, None] * memory.keys + cos[:, :, None, None, None] * new_k[:, None]
         values = value_decay[:, None] * memory.values + cos[:, :, None, None] * new_v[:, None]
-        score = weight[:, None] * jnp.einsum("bfhed,bhe,bhd->bfh", keys, p2, q)
-        total = 2 * weight.sum() * jnp.einsum("bhed,bhe,bhd->bh", norm, p2, q) + 1e-5
-        out = jnp.einsum("bfh,bfhd->bhd", score, values) / total[..., None]
+        score = weight[:, None] * jnp.einsum("bfhed,bhe,bhd->bfh", keys, p2, q)  # (B, F, H)
+        total = 2 * weight.sum() * jnp.einsum("bhed,bhe,bhd->bh", norm, p2, q) + 1e-5  # (B, H)
+        out = jnp.einsum("bfh,bfhd->bhd", score, values) / total[..., None]  # (B, H, d)
         return LayerMemory(keys, values, norm), out
 
     def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is

@@ -5,7 +5,7 @@
 The agent sees a cue at the start of a corridor. At the other end, 159 steps later, it must turn as the cue showed.
 Its memory is an LSTM (Hochreiter and Schmidhuber 1997); it is trained with PPO (Schulman et al. 2017).
 
-What to learn here: how to step a cell over time (`over_time`). To try your own memory, copy this script.
+What to learn here: how to step a cell over time (`over_time`). For a memory of your own: docs/your_own.md.
 
 Axes, time first: T time steps, B environments, S seeds, A actions, D hidden_size.
 """
