@@ -175,31 +175,41 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
     Inputs: k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) after their activations; cos (T, B, F);
     weight (F,), how many of the r frequencies share a cosine; reset (T, B), true where an episode starts.
 
-    Time is cut into chunks of C = 16 steps. The backward pass keeps the memory between two chunks and computes a chunk
-    again when it gets there (jax.checkpoint). A step expands only its own k and gamma, which stay in a CPU's cache.
+    Time is cut into chunks of C steps. The backward pass keeps the memory between two chunks and computes a chunk again
+    when it gets there (jax.checkpoint). On a CPU a chunk is a loop over its steps, which stay in the cache. A GPU would
+    mostly wait for the steps of a loop to start, so there a chunk is computed at once, by an associative scan.
     """
-    T, C = len(k), min(len(k), 16)
-    expand = functools.partial(jnp.einsum, "bhe,bhd->bhed")
+    on_cpu = jax.default_backend() == "cpu"
+    T, C = len(k), min(len(k), 16 if on_cpu else 128)
+    expand = functools.partial(jnp.einsum, "...e,...d->...ed")
 
-    def step(memory, inputs):
+    def recurrence(state, decay, inflow):  # state_t = decay_t state_{t-1} + inflow_t, for one step or for a whole chunk
+        if on_cpu:
+            return decay * state + inflow
+        combine = lambda earlier, later: (earlier[0] * later[0], earlier[1] * later[0] + later[1])
+        return jax.lax.associative_scan(combine, (decay, inflow.at[0].add(decay[0] * state)))[1]
+
+    def attend(memory, inputs):  # of one step on a CPU, else of a chunk, whose arrays begin with an axis C
         reset, cos, k, q, v, beta, gamma, p1, p2, p3 = inputs
-        keep = 1.0 - reset[:, None, None]  # (B, 1, 1)
+        keep = 1.0 - reset[..., None, None]  # (B, 1, 1)
         gamma = expand(p3, gamma)  # (B, H, e, d)
         new_k, new_v = gamma * expand(p1, k), beta * v  # (B, H, e, d), (B, H, d)
         decay, value_decay = (1 - gamma) * keep[..., None], (1 - beta) * keep
-        norm = decay * memory.norm + new_k
-        keys = decay[:, None] * memory.keys + cos[:, :, None, None, None] * new_k[:, None]
-        values = value_decay[:, None] * memory.values + cos[:, :, None, None] * new_v[:, None]
-        score = weight[:, None] * jnp.einsum("bfhed,bhe,bhd->bfh", keys, p2, q)  # (B, F, H)
-        total = 2 * weight.sum() * jnp.einsum("bhed,bhe,bhd->bh", norm, p2, q) + 1e-5  # (B, H)
-        out = jnp.einsum("bfh,bfhd->bhd", score, values) / total[..., None]  # (B, H, d)
-        return LayerMemory(keys, values, norm), out
+        norm = recurrence(memory.norm, decay, new_k)
+        keys = recurrence(memory.keys, decay[..., None, :, :, :], jnp.einsum("...f,...hed->...fhed", cos, new_k))
+        values = recurrence(memory.values, value_decay[..., None, :, :], jnp.einsum("...f,...hd->...fhd", cos, new_v))
+        score = weight[:, None] * jnp.einsum("...fhed,...he,...hd->...fh", keys, p2, q)  # (B, F, H)
+        total = 2 * weight.sum() * jnp.einsum("...hed,...he,...hd->...h", norm, p2, q) + 1e-5  # (B, H)
+        out = jnp.einsum("...fh,...fhd->...hd", score, values) / total[..., None]  # (B, H, d)
+        memory = LayerMemory(keys, values, norm)
+        return memory if on_cpu else jax.tree.map(lambda x: x[-1], memory), out
 
     def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is
         return jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])
 
     inputs = jax.tree.map(cut, (reset, cos, k, q, v, beta, gamma, p1, p2, p3))
-    memory, out = jax.lax.scan(jax.checkpoint(lambda *chunk: jax.lax.scan(step, *chunk)), memory, inputs)
+    chunk = functools.partial(jax.lax.scan, attend) if on_cpu else attend
+    memory, out = jax.lax.scan(jax.checkpoint(chunk), memory, inputs)
     return memory, out.reshape(-1, *v.shape[1:])[:T]
 
 
@@ -236,8 +246,7 @@ class AGaLiTe(nn.Module):
 
     @nn.compact
     def __call__(self, x, reset, memory: Memory):
-        # cos(w t) for w in linspace(-pi, pi, r). As cos(-w t) = cos(w t), the first half is enough: it counts twice,
-        # except w = 0, which there is if r is odd.
+        # cos(w t) for w in linspace(-pi, pi, r). As cos(-x) = cos(x), half are enough; all but w = 0 count twice.
         frequencies = jnp.linspace(-jnp.pi, jnp.pi, self.args.r)[: (self.args.r + 1) // 2]  # (F,)
         weight = jnp.full(len(frequencies), 2.0).at[self.args.r // 2 :].set(1.0)
 

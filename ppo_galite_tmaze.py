@@ -164,28 +164,39 @@ def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, 
     k, q and gamma are expanded from d to (d, e) by outer products with p1, p2 and p3.
     Inputs: k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) after their activations; reset (T, B).
 
-    Time is cut into chunks of C = 16 steps. The backward pass keeps the memory between two chunks and computes a chunk
-    again when it gets there (jax.checkpoint), so there are about T / C + C matrices at once instead of T.
+    Time is cut into chunks of C steps. The backward pass keeps the memory between two chunks and computes a chunk again
+    when it gets there (jax.checkpoint), so there are about T / C + C matrices at once instead of T. On a CPU a chunk is
+    a loop over its steps. A GPU would mostly wait for them to start, so there a chunk is one associative scan.
     """
-    T, C = len(k), min(len(k), 16)
-    expand = functools.partial(jnp.einsum, "bhd,bhe->bhde")
-    outer = functools.partial(jnp.einsum, "bhi,bhde->bhide")
+    on_cpu = jax.default_backend() == "cpu"
+    T, C = len(k), min(len(k), 16 if on_cpu else 64)
+    expand = functools.partial(jnp.einsum, "...d,...e->...de")
+    outer = functools.partial(jnp.einsum, "...i,...de->...ide")
 
-    def step(memory, inputs):
+    def recurrence(state, decay, inflow):  # state_t = decay_t state_{t-1} + inflow_t, for one step or for a whole chunk
+        if on_cpu:
+            return decay * state + inflow
+        combine = lambda earlier, later: (earlier[0] * later[0], earlier[1] * later[0] + later[1])
+        return jax.lax.associative_scan(combine, (decay, inflow.at[0].add(decay[0] * state)))[1]
+
+    def attend(memory, inputs):  # of one step on a CPU, else of a chunk, whose arrays begin with an axis C
         reset, k, q, v, beta, gamma, p1, p2, p3 = inputs
-        keep = 1.0 - reset[:, None, None, None]  # (B, 1, 1, 1)
+        keep = 1.0 - reset[..., None, None, None]  # (B, 1, 1, 1)
         gamma, q = expand(gamma, p3), expand(q, p2)  # (B, H, d, e)
         new_k = gamma * expand(k, p1)
-        norm = keep * (1 - gamma) * memory.norm + new_k
-        matrix = keep[..., None] * (1 - outer(beta, gamma)) * memory.matrix + outer(beta * v, new_k)  # (B, H, d, d, e)
-        read, total = jnp.einsum("bhide,bhde->bhi", matrix, q), jnp.einsum("bhde,bhde->bh", norm, q)
-        return MatrixMemory(matrix, norm), read / (total[..., None] + 1e-10)  # (B, H, d)
+        norm = recurrence(memory.norm, keep * (1 - gamma), new_k)
+        decay = keep[..., None] * (1 - outer(beta, gamma))  # (B, H, d, d, e)
+        matrix = recurrence(memory.matrix, decay, outer(beta * v, new_k))
+        read, total = jnp.einsum("...ide,...de->...i", matrix, q), jnp.einsum("...de,...de->...", norm, q)
+        memory = MatrixMemory(matrix, norm)
+        return memory if on_cpu else jax.tree.map(lambda x: x[-1], memory), read / (total[..., None] + 1e-10)
 
     def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is
         return jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])
 
     inputs = jax.tree.map(cut, (reset, k, q, v, beta, gamma, p1, p2, p3))
-    memory, out = jax.lax.scan(jax.checkpoint(lambda *chunk: jax.lax.scan(step, *chunk)), memory, inputs)
+    chunk = functools.partial(jax.lax.scan, attend) if on_cpu else attend
+    memory, out = jax.lax.scan(jax.checkpoint(chunk), memory, inputs)
     return memory, out.reshape(-1, *v.shape[1:])[:T]
 
 

@@ -1,11 +1,12 @@
 """AGaLiTe's attention: ours against the authors' form, in time and peak memory.
 
     python benchmarks/attention.py
+    python benchmarks/attention.py 512,4,4 128,128,8
 
 The authors store keys, queries and gates, expanded to eta * d, for all T steps and all r frequencies, and run one
 `jax.lax.associative_scan` over them. That form is written here from the equations, jitted, and checked to give the same
 outputs and gradients as ours before anything is timed. Each row measures both forms in turn, so trust the ratios and
-not the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs.
+not the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs. Arguments are T, B and eta.
 """
 
 import sys
@@ -94,11 +95,12 @@ def largest_difference(ours, theirs) -> float:
     return max(float(jnp.abs(a - b).max() / (jnp.abs(b).max() + 1e-30)) for a, b in pairs)
 
 
-def main():
+def main(sizes: list[str]):
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; one layer, H 4, d 64, r {R}, float32")
     print(f"{'':14}|      forward, ms      | forward+backward, ms  |   peak memory, MiB    | largest")
     print("   T   B  eta  " + "|  ours  theirs  ratio  " * 3 + "| difference")
-    for T, B, eta in ((1, 16, 4), (256, 1, 4), (256, 4, 4), (256, 8, 4), (256, 16, 4), (64, 8, 4), (256, 8, 8)):
+    for size in sizes or ["1,16,4", "256,1,4", "256,4,4", "256,8,4", "256,16,4", "64,8,4", "256,8,8"]:
+        T, B, eta = map(int, size.split(","))
         inputs = random_inputs(T, B, eta)
         arguments = inputs[0][0], inputs[1]
         ours, theirs = compile_pair(gated_linear_attention, inputs), compile_pair(authors_form, inputs)
@@ -114,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

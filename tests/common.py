@@ -263,11 +263,10 @@ def check_golden(net, params, memory_0, z):
     expected_shapes = jax.eval_shape(net.init, jax.random.key(0), x, reset, memory_0)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected_shapes), "the test's own mapping"
 
-    with jax.default_matmul_precision("float32"):
-        apply = quick_jit(net.apply)
-        outputs, memory = apply(params, x, reset, memory_0)
-        first, handed_over = apply(params, x[:split], reset[:split], memory_0)
-        second, _ = apply(params, x[split:], reset[split:], handed_over)
+    apply = quick_jit(net.apply)
+    outputs, memory = apply(params, x, reset, memory_0)
+    first, handed_over = apply(params, x[:split], reset[:split], memory_0)
+    second, _ = apply(params, x[split:], reset[split:], handed_over)
     assert 0 < split < len(x)
     assert deviation(outputs[:, 0], z["outputs"]) <= 5e-6
     assert deviation(np.concatenate([first, second])[:, 0], z["outputs_two_calls"]) <= 5e-6

@@ -10,9 +10,11 @@ import pytest
 
 
 def pytest_configure(config):
-    """The folder is shared by all processes of a test session, the scripts that tests start included."""
+    """What it sets is shared by all processes of a test session, the scripts that tests start included."""
     if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist, which inherit the environment
         os.environ["COMPILED_FOR_TESTS"] = tempfile.mkdtemp()
+        # Some GPUs multiply float32 with ten bits of mantissa (TF32), unless asked not to.
+        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
     # The processes that tests start must not inherit that nohup or a shell's background job ignores a signal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -25,8 +25,9 @@ FAULTS = {
         TMAZE, "jax.tree.map(cut, (reset, cos,", "jax.tree.map(cut, (jnp.roll(reset, 1, 0), cos,", MEMORY
     ),
     "the memory is never cleared": (
-        TMAZE, "keep = 1.0 - reset[:, None, None]", "keep = 1.0 - 0.0 * reset[:, None, None]", MEMORY
+        TMAZE, "keep = 1.0 - reset[..., None, None]", "keep = 1.0 - 0.0 * reset[..., None, None]", MEMORY
     ),
+    "on a GPU, a chunk forgets the one before": (TMAZE, "inflow.at[0].add(decay[0] * state)", "inflow", MEMORY),
     "time is not counted from the start of an episode": (
         TMAZE, "jnp.where(reset, 2, tick + 1)", "(tick + 1)", "tests/test_agalite.py"
     ),

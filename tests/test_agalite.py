@@ -143,8 +143,7 @@ def test_agrees_with_a_float64_reference(r):
     weights = rng.normal(size=(T, B, 4)), rng.normal(size=(T, B))
     weighted_sum = lambda outputs: sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
 
-    with jax.default_matmul_precision("float32"):
-        logits, value, new = quick_jit(agent.apply)(params, obs, RESETS, memory)
+    logits, value, new = quick_jit(agent.apply)(params, obs, RESETS, memory)
 
     (expected_logits, expected_value), (time, states) = reference_agent(
         float64(params), float64(obs), float64(memory), args, np

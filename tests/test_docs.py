@@ -18,7 +18,16 @@ from common import load, quick_jit
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-OTHERS = {"--no-deps", "--ntasks", "--gpus-per-task", "--durations", "--dist", "--check", "--user"}  # of pip, srun, ...
+OTHERS = {
+    "--no-deps",
+    "--ntasks",
+    "--gpus-per-task",
+    "--durations",
+    "--dist",
+    "--check",
+    "--user",
+    "--xla",
+}  # of pip, ...
 # Flags of earlier commits, which docs/tmaze_earlier.md explains.
 EARLIER = {"--gate-init", "--critic-bias", "--cautious-entropy"}
 OURS = re.compile(r"^(benchmarks/|tests/|ppo_)\S*\.(py|sh)$")
@@ -79,7 +88,10 @@ def test_commands_can_be_run(page):
                 script.parse_args([flag if flag != "N" else "1" for flag in flags])
 
 
-@pytest.mark.parametrize("preset", ROOT.glob("benchmarks/*.sh"), ids=lambda path: path.name)
+PRESETS = [path for path in ROOT.glob("benchmarks/*.sh") if path.name != "gpu.sh"]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
 def test_presets_can_be_run(preset):
     """The scripts that benchmarks/*.sh start accept the flags that they get."""
     commands = re.sub(r"^( *)python ", r"\1echo ", preset.read_text(), flags=re.M)  # says what it would run
@@ -89,6 +101,19 @@ def test_presets_can_be_run(preset):
         name = Path(path).stem.replace("unaware", "agalite")  # a copy
         assert load(name).parse_args(flags).seed == 3
     assert done.stdout
+
+
+def test_gpu_sh_finds_its_files_and_tests():
+    """The programs that it starts exist, and so do the tests that it selects, of every memory and of every task."""
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    programs = set(re.findall(r"python (\S+\.py)", text))
+    assert len(programs) == 4 and all((ROOT / path).exists() for path in programs)
+    words, folder = re.search(r'-k "(.*)" \\\n\s+tests/test_{(.*)}\.py', text).groups()
+    sources = {name: (ROOT / "tests" / f"test_{name}.py").read_text() for name in folder.split(",")}
+    for word in words.split(" or "):
+        assert any(re.search(rf"def test_\w*{word}", source) for source in sources.values()), word
+    for name, source in sources.items():
+        assert any(re.search(rf"def test_\w*{word}", source) for word in words.split(" or ")), name
 
 
 @page

@@ -85,8 +85,7 @@ def test_agrees_with_a_float64_reference():
     weights = rng.normal(size=(T, B, 4)), rng.normal(size=(T, B))
     weighted_sum = lambda outputs: sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
 
-    with jax.default_matmul_precision("float32"):
-        logits, value, new = quick_jit(agent.apply)(params, obs, RESETS, memory)
+    logits, value, new = quick_jit(agent.apply)(params, obs, RESETS, memory)
     states = [tuple(layer) for layer in float64(memory)]
     (expected_logits, expected_value), states = galite_reference.agent(
         float64(params), float64(obs), RESETS, states, args.gamma, np

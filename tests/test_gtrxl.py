@@ -97,10 +97,9 @@ def test_agrees_with_a_float64_reference(memory_len):
         logits, value, new = agent.apply(params, obs, RESETS, memory._replace(inputs=inputs))
         return weighted_sum((logits, value)), (logits, value, new)
 
-    with jax.default_matmul_precision("float32"):
-        (of_params, of_obs, of_memory), (logits, value, new) = quick_jit(jax.grad(ours, (0, 1, 2), has_aux=True))(
-            params, obs, memory.inputs
-        )
+    (of_params, of_obs, of_memory), (logits, value, new) = quick_jit(jax.grad(ours, (0, 1, 2), has_aux=True))(
+        params, obs, memory.inputs
+    )
     assert not np.any(of_memory)
     expected, inputs, visible = gtrxl_reference.agent(
         float64(params), float64(obs), RESETS, float64(memory.inputs), memory.visible, sizes, args.gamma, np

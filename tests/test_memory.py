@@ -1,6 +1,7 @@
 """What the memory of every script's agent must do: last from call to call, and be cleared at a reset."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import (
@@ -8,6 +9,8 @@ from common import (
     SCRIPTS,
     assert_close,
     build,
+    deviation,
+    float64,
     load,
     quick_jit,
     random_observations,
@@ -103,3 +106,29 @@ def test_environments_do_not_mix(case):
     logits, value, end = case.apply(case.obs[:, ::-1], RESETS[:, ::-1], jax.tree.map(lambda x: x[::-1], case.memory))
     end = jax.tree.map(lambda x: x[::-1], end)
     assert_close((logits[:, ::-1], value[:, ::-1], end), (case.logits, case.value, case.end), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ppo_agalite_tmaze", "ppo_galite_tmaze"])
+def test_linear_attention_is_the_same_on_a_gpu(name, monkeypatch):
+    """There a chunk is one associative scan and not a loop: outputs, memory and every derivative stay what they are."""
+    script, rng, T = load(name), np.random.default_rng(0), 150  # more than a chunk, and no whole number of them
+    args = small_args(script, num_layers=1)
+    env, agent = build(script, args)
+    obs, reset = random_observations(env, 0, (T, B)), rng.random((T, B)) < 0.05
+    memory = jax.tree.map(lambda x: np.abs(rng.normal(size=x.shape)).astype(x.dtype), agent.initial_memory(B))
+    params = random_params(jax.eval_shape(agent.init, jax.random.key(0), obs, reset, memory))
+    weights, results = rng.normal(size=(T, B, 4)), []
+    with jax.enable_x64(True):  # in float32 the rounding of a gradient depends on the CPU
+        params, obs, memory = jax.tree.map(jnp.asarray, float64((params, obs, memory)))
+        for backend in ("cpu", "gpu"):
+            monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+
+            def weighted_sum(params, memory):
+                logits, value, end = agent.apply(params, obs, reset, memory)
+                return (weights * logits).sum() + value.sum(), (logits, value, end)
+
+            gradients = jax.grad(weighted_sum, (0, 1), has_aux=True, allow_int=True)
+            (of_params, of_memory), outputs = quick_jit(gradients)(params, memory)
+            floats = [x for x in jax.tree.leaves(of_memory) if x.dtype == np.float64]  # not that of a counter
+            results.append(float64((of_params, floats, outputs)))
+    assert deviation(*results) < 1e-10

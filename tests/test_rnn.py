@@ -73,8 +73,7 @@ def test_agrees_with_a_float64_reference(name):
     obs = random_tmaze_observations(rng, (T, B))
     memory = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), agent.initial_memory(B))
     params = random_params(jax.eval_shape(agent.init, jax.random.key(0), obs, RESETS, memory))
-    with jax.default_matmul_precision("float32"):
-        logits, value, new = quick_jit(agent.apply)(params, obs, RESETS, memory)
+    logits, value, new = quick_jit(agent.apply)(params, obs, RESETS, memory)
 
     params, state, expected = float64(params), float64(memory), []
     cell, step = cell_of(name, params["params"][f"{name.upper()}_0"]), {"lstm": lstm_step, "gru": gru_step}[name]
@@ -116,10 +115,9 @@ def test_equals_the_cell_of_flax(name):
         return jnp.sin(3 * h).sum() + sum(jnp.cos(2 * m).sum() for m in memory)
 
     both = []
-    with jax.default_matmul_precision("float32"):
-        for apply in (ours.apply, of_flax):
-            gradients = jax.value_and_grad(functools.partial(loss, apply), (0, 1, 2))
-            both.append(quick_jit(jax.vmap(gradients, (None, 0, 0)))(params, x, memory))
+    for apply in (ours.apply, of_flax):
+        gradients = jax.value_and_grad(functools.partial(loss, apply), (0, 1, 2))
+        both.append(quick_jit(jax.vmap(gradients, (None, 0, 0)))(params, x, memory))
     assert_close(*both, atol=1e-4)
 
 

@@ -1,0 +1,95 @@
+"""Every script at its default size: steps a second of whole updates, memory, and how long the update takes to compile.
+
+    python benchmarks/all_scripts.py
+    python benchmarks/all_scripts.py ppo_agalite_tmaze ppo_gtrxl_tmaze
+
+All are compiled first, in parallel, and then run one after the other: the median of three updates after a first one.
+Memory is what XLA plans for the update, its arguments and results included. The mazes of Memory Maze are processes on
+CPUs; here random images take their place, so its rows are acting and learning alone. With --wait the runs begin when a
+line arrives on standard input.
+"""
+
+import functools
+import importlib
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from gymnasium import spaces
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+UPDATES = 3
+
+
+def on_device(script, args):
+    """One update, with its environments -> [(1, update, its argument)]."""
+    env = script.make_env(args, args.num_envs)
+    agent = script.ActorCritic(args, env.action_space(env.default_params).n)
+    runner = jax.jit(functools.partial(script.init, args, env, agent))(jax.random.key(1))
+    return [(1, functools.partial(script.update, args, env), (runner,))]
+
+
+def with_processes(script, args):
+    """An update of Memory Maze without its mazes -> [(T, act, its arguments), (1, learn, its arguments)]."""
+    T, B, rng, key = args.num_steps, args.num_envs, np.random.default_rng(0), jax.random.key(1)
+
+    class Envs:
+        observation_space = spaces.Box(0, 255, (B, 64, 64, 3), np.uint8)
+
+    agent = script.ActorCritic(args, 6)
+    train_state = jax.jit(functools.partial(script.init_learner, args, Envs, agent))(key)
+    obs, reset = rng.integers(0, 256, (T, B, 64, 64, 3), np.uint8), np.zeros((T, B), bool)
+    memory, numbers = agent.initial_memory(B), rng.normal(size=(3, T, B)).astype(np.float32)
+    transitions = script.Transition(obs, reset, rng.integers(0, 6, (T, B)), *numbers, reset)
+    act, learn = functools.partial(script.act, agent), functools.partial(script.learn_from, args)
+    acting = train_state.params, False, key, obs[0], reset[0], memory
+    return [(T, act, acting), (1, learn, (train_state, key, memory, transitions, numbers[0, 0]))]
+
+
+def compile_script(name: str):
+    """-> steps per update, compiled parts of an update, seconds of compilation"""
+    script = importlib.import_module(name)
+    args = script.Args()
+    parts = on_device(script, args) if hasattr(script, "update") else with_processes(script, args)
+    start = time.perf_counter()
+    parts = [(calls, jax.jit(part).lower(*inputs).compile(), inputs) for calls, part, inputs in parts]
+    return args.batch_size, parts, time.perf_counter() - start
+
+
+def seconds_of(part, inputs) -> float:
+    """The median over calls after a first one, with the results on the host."""
+    times = []
+    for _ in range(1 + UPDATES):
+        start = time.perf_counter()
+        jax.block_until_ready(part(*inputs))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def main(names: list[str]):
+    wait = "--wait" in names
+    names = [name for name in names if name != "--wait"] or sorted(path.stem for path in ROOT.glob("ppo_*.py"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(compile_script, names))
+    if wait:
+        print("compiled", flush=True)
+        input()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    print("| script | steps/s | an update, s | acting | memory, MiB | compiled in, s |\n|" + " --- |" * 6, flush=True)
+    for name, (steps, parts, compile_seconds) in zip(names, compiled, strict=True):
+        seconds = [calls * seconds_of(part, inputs) for calls, part, inputs in parts]
+        plans = [part.memory_analysis() for _, part, _ in parts]
+        sizes = [p.argument_size_in_bytes + p.output_size_in_bytes + p.temp_size_in_bytes for p in plans]
+        acting = f"{seconds[0] / sum(seconds):.0%}" if len(parts) > 1 else ""
+        cells = f"{steps / sum(seconds):,.0f} | {sum(seconds):.3f} | {acting} | {max(sizes) / 2**20:,.0f}"
+        print(f"| {name} | {cells} | {compile_seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# For whoever has a GPU: what it computes, how fast, and the T-Maze until it is solved. Writes docs/results/gpu.md.
+#
+#     benchmarks/gpu.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+mkfifo "$folder/go"
+exec 3<> "$folder/go"
+export PYTHONPATH=. XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_COMPILATION_CACHE_DIR=$folder/cache
+# XLA would time variants of each matrix product, while other processes use the GPU too: minutes, and useless numbers.
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+job() {  # NAME COMMAND: runs it in the background, keeps what it prints, and shows it if it fails
+  { "${@:2}" > "$folder/$1" 2> "$folder/$1.errors" <&3 || {
+    touch "$folder/failed"
+    echo "$1 failed:"
+    tail -n 30 "$folder/$1" "$folder/$1.errors"
+  }; } &
+}
+
+# Most of the time goes into compilation. So all programs are compiled at once, beside the tests and the training ...
+job scripts python benchmarks/all_scripts.py --wait
+scripts=$!
+job attention python benchmarks/attention.py 512,4,4 128,16,4 128,128,8
+attention=$!
+job tests python -m pytest -q -n 4 -m "not slow" -k "golden or float64 or ratio_is_one or linear_attention" \
+  tests/test_{agalite,galite,gtrxl,rnn,memory,ppo,memorymaze_scripts}.py
+tests=$!
+job training python ppo_agalite_tmaze.py --num-seeds 8 --runs-dir "$folder/runs"
+wait $attention $tests $!
+while kill -0 $scripts 2> "$folder/none" && ! grep -q compiled "$folder/scripts"; do sleep 1; done
+
+# ... and then measured on a GPU that does nothing else.
+job attention python benchmarks/attention.py 512,4,4 128,16,4 128,128,8
+wait $!
+echo >&3
+wait $scripts
+{
+  echo "# On a GPU"
+  echo
+  echo "Made by \`benchmarks/gpu.sh\`: golden numbers, float64 references, ratio 1, attention as on a CPU:"
+  echo
+  tail -n 1 "$folder/tests" | sed 's/^/    /'
+  echo
+  echo "Attention, ours against the authors' form:"
+  echo
+  sed 's/^/    /' "$folder/attention"
+  echo
+  echo "All scripts at their default size:"
+  echo
+  sed 1d "$folder/scripts"
+  echo
+  echo "\`python ppo_agalite_tmaze.py --num-seeds 8\`, beside everything else; minutes of all eight seeds together:"
+  echo
+  python benchmarks/results.py "$folder/tmaze" "$folder"/runs/* | tail -n +3
+} > docs/results/gpu.md
+cat docs/results/gpu.md
+[ ! -e "$folder/failed" ]
