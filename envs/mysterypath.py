@@ -189,7 +189,7 @@ class MysteryPath:
         On the left the hidden path, beside it what the agent sees. state is that of one environment, probabilities
         (4,) or (9,) the policy the action came from. Not for jit.
         """
-        names = ACTION_NAMES[self.action_space(params).n]
+        names, state = ACTION_NAMES[self.action_space(params).n], jax.device_get(state)
         # Everything is drawn at twice its size and halved at the end, which smooths the edges.
         image = Image.new("RGB", (1280, 480), "white")
         draw = ImageDraw.Draw(image)
@@ -227,7 +227,8 @@ class MysteryPath:
 
         # What the action leads to.
         if action is not None:
-            _, after, _, _, info = self.step(None, state, jnp.asarray(action), params)
+            step = jax.jit(type(self).step, static_argnums=0)
+            _, after, _, _, info = step(self, None, state, action, params)
             endings = [(info["success"], "goal, +1", GOOD), (info["truncated"], "time limit", INK)]
             for happened, name, colour in [*endings, (after.off_path, "off the path", BAD)]:
                 if happened:
@@ -246,7 +247,8 @@ class MysteryPath:
             text(1058, 452, "policy", DIM, 23, "mm")
 
         image = image.resize((640, 240), Image.Resampling.LANCZOS)
-        view = Image.fromarray(np.asarray(self.observe(state, params)).swapaxes(0, 1))
+        observe = jax.jit(type(self).observe, static_argnums=0)
+        view = Image.fromarray(np.asarray(observe(self, state, params)).swapaxes(0, 1))
         image.paste(view.resize((168, 168), Image.Resampling.NEAREST), (208, 44))  # with every pixel as it is
         return image
 

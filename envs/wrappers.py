@@ -147,6 +147,12 @@ class AutoReset(Wrapper):
         return obs, state, reward, done, info
 
 
+@jax.jit
+def first(batch):
+    """Of a pytree of arrays (B, ...), the arrays [0]: one call to the device, and not one for each of them."""
+    return jax.tree.map(lambda x: x[0], batch)
+
+
 class VectorEnv(Wrapper):
     """num_envs independent copies; everything but the key and params gets a leading axis B."""
 
@@ -167,7 +173,7 @@ class VectorEnv(Wrapper):
 
     def render(self, state, params, *args):
         """-> an image of the first environment."""
-        return self.env.render(jax.tree.map(lambda x: x[0], state), params, *args)
+        return self.env.render(first(state), params, *args)
 
 
 class OptimisticReset(VectorEnv):
@@ -258,7 +264,7 @@ class PooledReset(Wrapper):
 
     def render(self, state, params, *args):
         """-> an image of the first environment."""
-        return self.env.render(jax.tree.map(lambda x: x[0], state.env_state), params, *args)
+        return self.env.render(first(state.env_state), params, *args)
 
     def _draw_pool(self, key, params):
         keys = jax.random.split(key, (self.num_envs, self.pool_size))
@@ -274,9 +280,9 @@ def record_video(env, policy, memory, seed: int, path: Path) -> None:
     policy is an ActorCritic with its parameters: obs (1, 1, ...), reset (1, 1), memory -> logits (1, 1, A), value,
     memory. Gymnasium's RecordVideo does the same for environments that are not pure functions.
     """
-    policy, step = jax.jit(policy), jax.jit(env.step)
+    policy, reset_env, step = jax.jit(policy), jax.jit(env.reset), jax.jit(env.step)
     key, reset_key = jax.random.split(jax.random.key(seed))
-    obs, state = env.reset(reset_key, env.default_params)
+    obs, state = reset_env(reset_key, env.default_params)
     reset, frames = jnp.ones(1, bool), []
     while not (frames and reset[0]) and len(frames) < 1000:
         key, action_key, env_key = jax.random.split(key, 3)

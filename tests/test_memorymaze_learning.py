@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 # cue and the query often have no entry in common, and the seed stays at chance. With r 2 it sometimes forgets again.
 PPO = {
     "num_channels": 4, "d_actor": 32, "d_critic": 32, "num_envs": 128, "num_steps": 8, "num_minibatches": 2,
-    "update_epochs": 4, "learning_rate": 2e-3, "gamma": 0.0, "ent_coef": 0.03, "max_grad_norm": 0.5,
+    "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.0, "ent_coef": 0.06, "max_grad_norm": 5.0,
     "total_timesteps": 122_880,
 }  # fmt: skip
 LAYERS = {"num_layers": 1, "d_model": 64, "d_head": 8, "num_heads": 8}
@@ -67,17 +67,16 @@ class Learning:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_learns_with_memory_and_only_with_it(name):
-    """At least two of three seeds learn the task; without memory the same agent stays at chance, which is 0.5.
+    """Two seeds of two learn the task; without memory the same agent stays at chance, which is 0.5.
 
     `PYTHONPATH=. python tests/test_memorymaze_learning.py NAME 20`: all of 20 seeds reach 0.9 within the 120 updates,
-    LSTM after 7 to 11, GTrXL after 8 to 12, AGaLiTe after 10 to 22, one seed after 46 (AMD EPYC, 3 s per seed). With
-    XLA_FLAGS=--xla_cpu_max_isa=AVX2, AGaLiTe learns on 10 of 10 seeds, with SSE4_2 on 9. So rounding may cost a seed.
+    LSTM after 9 to 12, GTrXL after 10 to 16, AGaLiTe after 12 to 30 (AMD EPYC, Zen 5, 2 s per seed); with
+    XLA_FLAGS=--xla_cpu_max_isa=AVX2, AGaLiTe after 12 to 34, with SSE4_2 after 12 to 39.
     """
     learning = Learning(name)
-    took = [learning.updates_to_learn(seed) for seed in (1, 2, 3)]
-    learnt = [number for number in took if number]
-    assert len(learnt) >= 2, took
-    without = list(itertools.islice(learning.success(1, forgets=True), max(learnt)))
+    took = [learning.updates_to_learn(seed) for seed in (1, 2)]
+    assert all(took), took
+    without = list(itertools.islice(learning.success(1, forgets=True), max(took)))
     assert without[-1] <= 0.6, "six standard deviations from chance"
 
 
