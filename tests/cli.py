@@ -27,7 +27,7 @@ SMALL_FLAGS = {
     "corridor_len": 10, "max_episode_steps": 40, "env_id": "Craftax-Classic-Symbolic-v1", "optimistic_reset_ratio": 2,
     "num_layers": 1, "d_model": 16, "d_head": 8, "num_heads": 1, "d_ffc": 16, "eta": 2, "r": 1, "memory_len": 6,
     "hidden_size": 16, "d_encoder": 16, "d_actor": 16, "d_critic": 16,
-    "num_channels": 2, "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 20,
+    "num_channels": 2, "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 10,
     "anneal_lr": False,  # or a run could not be made longer
 }  # fmt: skip
 BATCH = 4 * 16  # environment steps of an update with these flags

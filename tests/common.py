@@ -27,6 +27,8 @@ TMAZE, MYSTERYPATH, CRAFTAX, MEMORYMAZE = map(scripts_of, ("tmaze", "mysterypath
 SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX  # for Memory Maze see test_memorymaze_scripts.py
 # For slow tests: without those whose memory and whose environment are both tested in other scripts.
 FEWER = [name for name in SCRIPTS if name not in ("ppo_gtrxl_mysterypath", "ppo_gtrxl_craftax")]
+# For very slow tests of what hardly knows the memory: GaLiTe's is like AGaLiTe's there, the GRU's like the LSTM's.
+FEW = [name for name in FEWER if name not in ("ppo_galite_tmaze", "ppo_gru_tmaze")]
 FIRST = ["ppo_agalite_tmaze"]  # for tests of what is the same text in all of them (test_sync.py) and knows no model
 
 
@@ -52,9 +54,9 @@ TINY = SMALL | {
 }  # fmt: skip
 
 
-def quick_compiler_options() -> dict:
-    """Options under which XLA compiles three times as fast for a CPU, to slower code; none where it lacks them."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+def quick_compiler_options(level: int = 0) -> dict:
+    """Options under which XLA compiles several times as fast for a CPU, to slower code; none where it lacks them."""
+    options = {"xla_backend_optimization_level": level, "xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda x: x + 1, compiler_options=options).lower(np.float32(0)).compile()
     except jax.errors.JaxRuntimeError:
@@ -64,6 +66,8 @@ def quick_compiler_options() -> dict:
 
 # jit for functions that are called once or twice, where compilation is all that costs time.
 quick_jit = functools.partial(jax.jit, compiler_options=quick_compiler_options())
+# jit for functions that are called about a hundred times: compiled twice as fast as usual, to code nearly as fast.
+brisk_jit = functools.partial(jax.jit, compiler_options=quick_compiler_options(1))
 
 
 def load(name: str):

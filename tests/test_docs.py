@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 import pytest
 from cli import finished
-from common import load, quick_jit
+from common import brisk_jit, load, quick_jit
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -219,6 +219,7 @@ def test_the_tutorial_runs(monkeypatch):
     """docs/tutorial.ipynb from its first cell to its last: its assertions hold, and its agent learns."""
     monkeypatch.chdir(ROOT / "docs")
     monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(jax, "jit", brisk_jit)
     names = {}
     for cell in json.loads(Path("tutorial.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":

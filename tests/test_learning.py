@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import CLASSIC, CRAFTAX, MYSTERYPATH, TMAZE, load, with_params
+from common import CLASSIC, CRAFTAX, MYSTERYPATH, TMAZE, brisk_jit, load, quick_jit, with_params
 from gymnasium import spaces
 
 from envs.craftax import pack
@@ -124,10 +124,10 @@ def train(name: str, seeds, forgets):
     env, many = (make_env(args, num_envs) for num_envs in (args.num_envs, EPISODES))
     agent = Forgetful(script.ActorCritic(args, env.action_space(env.default_params).n))
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
-    runner = jax.jit(functools.partial(jax.lax.map, functools.partial(script.init, args, env, agent)))(keys)
+    runner = quick_jit(functools.partial(jax.lax.map, functools.partial(script.init, args, env, agent)))(keys)
     runner = with_params(runner, runner.train_state.params | {"forgets": jnp.asarray(forgets, jnp.float32)})
-    update = jax.jit(jax.vmap(functools.partial(script.update, args, env)))
-    evaluate = jax.jit(jax.vmap(functools.partial(script.evaluate, many, agent, greedy=False)))
+    update = brisk_jit(jax.vmap(functools.partial(script.update, args, env)))
+    evaluate = brisk_jit(jax.vmap(functools.partial(script.evaluate, many, agent, greedy=False)))
     for number in range(1, args.num_updates + 1):
         runner, *_ = update(runner)
         if number % (args.num_updates // CHECKS) == 0:

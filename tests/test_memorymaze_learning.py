@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import load, quick_jit
+from common import brisk_jit, load, quick_jit
 from cue_maze import in_turn, make_env
 from test_learning import Forgetful
 
@@ -40,8 +40,8 @@ class Learning:
         self.agent = Forgetful(self.script.ActorCritic(self.args, 6))
         envs = self.new_envs()
         self.init = quick_jit(functools.partial(self.script.init_learner, self.args, envs, self.agent))
-        self.act = jax.jit(functools.partial(self.script.act, self.agent))
-        self.learn = jax.jit(functools.partial(self.script.learn_from, self.args))
+        self.act = brisk_jit(functools.partial(self.script.act, self.agent))
+        self.learn = brisk_jit(functools.partial(self.script.learn_from, self.args))
 
     def new_envs(self):
         return in_turn([make_env(self.args, index) for index in range(self.args.num_envs)])

@@ -273,7 +273,8 @@ def test_initial_parameters(name):
     """Kernels of the encoder have variance 1 / inputs, which keeps its features small enough for an LSTM's gates; both
     heads end with gain 0.01: all actions alike, values near 0. Biases are 0."""
     script, rng = load(name), np.random.default_rng(0)
-    agent = script.ActorCritic(script.Args(), 6)
+    args = small_args(script, num_channels=16, d_actor=256, d_critic=256)  # the memory is small
+    agent = script.ActorCritic(args, 6)
     obs, reset = rng.integers(0, 256, (1, 4, 64, 64, 3), np.uint8), np.ones((1, 4), bool)
     variables = quick_jit(agent.init)(jax.random.key(0), obs, reset, agent.initial_memory(4))
     params = float64(variables["params"])
@@ -282,13 +283,13 @@ def test_initial_parameters(name):
             assert not x.any()
         else:  # 432 numbers and more
             np.testing.assert_allclose(np.sqrt(len(x) * np.square(x).mean()), 1, atol=0.15)
-    features = script.ImpalaEncoder().apply({"params": variables["params"]["encoder"]}, obs)
+    features = quick_jit(script.ImpalaEncoder().apply)({"params": variables["params"]["encoder"]}, obs)
     assert 0.05 < np.sqrt(np.square(features).mean()) < 1.5
     for last, outputs in (("Dense_2", 6), ("Dense_3", 1)):
         assert params[last]["kernel"].shape == (256, outputs)
         np.testing.assert_allclose(np.linalg.svd(params[last]["kernel"], compute_uv=False), 0.01, rtol=1e-4)
         assert not params[last]["bias"].any()
-    logits, value, _ = agent.apply(variables, obs, reset, agent.initial_memory(4))
+    logits, value, _ = quick_jit(agent.apply)(variables, obs, reset, agent.initial_memory(4))
     assert np.abs(jax.nn.softmax(logits) - 1 / 6).max() < 0.01 and np.abs(value).max() < 0.02
 
 
@@ -394,7 +395,7 @@ def test_run_leaves_what_it_promises(script, tmp_path):
     assert lines[0] == f"Run folder: {folder}" and lines[-1] == f"Results: {folder}"
     assert f"{sum(x.size for x in jax.tree.leaves(saved['params'])):,} parameters" in out
     assert "step/s" in err and "episodic_return=" in err
-    assert "Evaluation, sampled actions, 20 episodes: episodic_return " in out
+    assert "Evaluation, sampled actions, 10 episodes: episodic_return " in out
     assert "Traceback" not in err and "Warning" not in err
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "nothing outside runs/"
 

@@ -24,7 +24,7 @@ from cli import (
     steps,
     wait_for_row,
 )
-from common import CRAFTAX, FEWER, FIRST, SCRIPTS, TMAZE
+from common import CRAFTAX, FEW, FIRST, SCRIPTS, TMAZE
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -54,9 +54,13 @@ def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "succes
     assert all(float(row["charts/SPS"]) > 0 for row in table)
 
 
+def updates_of(script) -> int:
+    return 100 if script in TMAZE else 20
+
+
 def run_to_its_end(script, **options):
     """The run that both tests look at; images and symbols are slow."""
-    updates = 200 if script in TMAZE else 40
+    updates = updates_of(script)
     return finished(script, updates, updates // 10, "--capture-video", "--track", **options)
 
 
@@ -68,7 +72,7 @@ def test_run_leaves_what_it_promises(script):
     # Losing health costs a little.
     outcome, low, high = ("score", -5, 100) if script in CRAFTAX else ("success_rate", 0, 1)
     assert folder.name.split("__")[1:3] == [script, "1"]
-    args, updates = saved_args(folder), 200 if script in TMAZE else 40
+    args, updates = saved_args(folder), updates_of(script)
     assert args["total_timesteps"] == updates * BATCH and args["num_envs"] * args["num_steps"] == BATCH
     check_metrics(folder, [1], updates, outcome, low, high)
     assert steps(folder)[-1] == updates
@@ -92,7 +96,7 @@ def test_run_leaves_what_it_promises(script):
     assert lines[2] == f"{size:,} parameters, {updates} updates of {BATCH} steps"
     assert "step/s" in err and "episodic_return=" in err and f"{outcome}=" in err
     for line, kind in zip(lines[3:5], ("sampled", "greedy"), strict=True):
-        assert line.startswith(f"Evaluation, {kind} actions, 20 episodes per seed: ")
+        assert line.startswith(f"Evaluation, {kind} actions, 10 episodes per seed: ")
         for result in ("episodic_return", "episodic_length", name):
             assert re.search(rf" {result} [\d.e+-]+ ± [\d.e+-]+", line), line
     assert lines[-1] == f"Results: {folder}"
@@ -104,12 +108,12 @@ def test_run_leaves_what_it_promises(script):
         assert len(unlocked) == (22 if real else 2) and 0 < max(unlocked) <= 1 and min(unlocked) >= 0
 
 
-@pytest.mark.parametrize("script", FEWER)
+@pytest.mark.parametrize("script", FEW)
 def test_killed_run_resumes_bit_for_bit(script, tmp_path):
     """A run that is killed in mid-episode and resumed (the first script's twice) ends with the same bits as an
     uninterrupted run."""
-    updates, kill_at = (200, [60]) if script in TMAZE else (40, [15])
-    kill_at = [25, 110] if script in FIRST else kill_at
+    updates = updates_of(script)
+    kill_at = [updates // 8, updates // 2] if script in FIRST else [updates // 3]
     flags = ["--total-timesteps", updates * BATCH, "--checkpoint-interval", updates // 10]
     process = start(script, *flags, cwd=tmp_path)
     for row in kill_at:
