@@ -25,10 +25,10 @@ def scripts_of(task: str) -> list[str]:
 
 TMAZE, MYSTERYPATH, CRAFTAX, MEMORYMAZE = map(scripts_of, ("tmaze", "mysterypath", "craftax", "memorymaze"))
 SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX  # for Memory Maze see test_memorymaze_scripts.py
-# For slow tests: without those whose memory and whose environment are both tested in other scripts.
-FEWER = [name for name in SCRIPTS if name not in ("ppo_gtrxl_mysterypath", "ppo_gtrxl_craftax")]
-# For very slow tests of what hardly knows the memory: GaLiTe's is like AGaLiTe's there, the GRU's like the LSTM's.
-FEW = [name for name in FEWER if name not in ("ppo_galite_tmaze", "ppo_gru_tmaze")]
+# For slow tests of what hardly knows the memory, and for quick ones: without those whose memory and whose environment
+# are both tested in other scripts, and without GaLiTe and the GRU, which are much like AGaLiTe and the LSTM there.
+LIKE_OTHERS = "ppo_gtrxl_mysterypath", "ppo_gtrxl_craftax", "ppo_galite_tmaze", "ppo_gru_tmaze"
+FEW = [name for name in SCRIPTS if name not in LIKE_OTHERS]
 FIRST = ["ppo_agalite_tmaze"]  # for tests of what is the same text in all of them (test_sync.py) and knows no model
 
 

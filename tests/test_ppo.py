@@ -19,7 +19,6 @@ import pytest
 from common import (
     CRAFTAX,
     FEW,
-    FEWER,
     FIRST,
     MYSTERYPATH,
     SCRIPTS,
@@ -87,7 +86,7 @@ def played_by(name: str) -> Played:
     return Played(load(name))
 
 
-@pytest.fixture(params=slow_but(SCRIPTS, FEWER))
+@pytest.fixture(params=slow_but(SCRIPTS, FEW))
 def played(request):
     return played_by(request.param)
 
@@ -694,7 +693,7 @@ def test_seeds_together_equal_seeds_alone(script, single_runs):
     assert np.abs(weights[0] - weights[1]).max() > 0.1 and np.abs(weights[1] - weights[2]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", slow_but(SCRIPTS, FEWER))
+@pytest.mark.parametrize("name", slow_but(SCRIPTS, FEW))
 def test_an_update_is_lowered_for_a_gpu(name, monkeypatch):
     """Without one at hand: an update lowers for CUDA, by the path that a GPU takes, and calls no library of a CPU."""
     script = load(name)
