@@ -29,6 +29,7 @@ SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX  # for Memory Maze see test_memorymaze_s
 # are both tested in other scripts, and without GaLiTe and the GRU, which are much like AGaLiTe and the LSTM there.
 LIKE_OTHERS = "ppo_gtrxl_mysterypath", "ppo_gtrxl_craftax", "ppo_galite_tmaze", "ppo_gru_tmaze"
 FEW = [name for name in SCRIPTS if name not in LIKE_OTHERS]
+QUICK = [name for name in FEW if name not in MYSTERYPATH]  # for `-m "not slow"`
 FIRST = ["ppo_agalite_tmaze"]  # for tests of what is the same text in all of them (test_sync.py) and knows no model
 
 

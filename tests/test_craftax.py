@@ -294,6 +294,7 @@ assert modules and not any(isinstance(x, jax.core.Tracer) for module in modules 
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.slow
 def test_frames(capsys):
     """Of one size; with the action, the policy and the reward; and without a file left in the package."""
     env, assets = ENVS[CLASSIC], Path(package(CLASSIC, "constants").__file__).parent / "assets"

@@ -129,6 +129,7 @@ def test_outcomes_of_training(script, monkeypatch):
         np.testing.assert_allclose(outcomes[f"achievements/{name}"], share, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_outcomes_of_an_evaluation(script):
     """Its episodes have outcomes too; here a point for each achievement is all there is to earn."""
     args = small_args(script)

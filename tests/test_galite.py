@@ -19,6 +19,7 @@ from common import (
     quick_jit,
     random_params,
     random_tmaze_observations,
+    slow_but,
     small_args,
 )
 
@@ -113,7 +114,7 @@ def test_agrees_with_a_float64_reference():
     assert deviation(gradients, expected) < 1e-9
 
 
-@pytest.mark.parametrize("chrono_steps", [1.0, 300.0])
+@pytest.mark.parametrize("chrono_steps", slow_but([1.0, 300.0], [300.0]))
 def test_initial_parameters(chrono_steps):
     """The published count; each head's kernels orthogonal with gain sqrt 2; 1 / gate - 1 of gamma between 1 and
     chrono_steps; all other biases 0."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import (
-    FEW,
+    QUICK,
     SCRIPTS,
     assert_close,
     build,
@@ -43,7 +43,7 @@ class Case:
         self.logits, self.value, self.end = self.apply(self.obs, RESETS, self.memory)
 
 
-@pytest.fixture(scope="module", params=slow_but(SCRIPTS, FEW))
+@pytest.fixture(scope="module", params=slow_but(SCRIPTS, QUICK))
 def case(request):
     return Case(request.param)
 

@@ -21,6 +21,7 @@ from common import (
     FEW,
     FIRST,
     MYSTERYPATH,
+    QUICK,
     SCRIPTS,
     TMAZE,
     arrays_of,
@@ -86,7 +87,7 @@ def played_by(name: str) -> Played:
     return Played(load(name))
 
 
-@pytest.fixture(params=slow_but(SCRIPTS, FEW))
+@pytest.fixture(params=slow_but(SCRIPTS, QUICK))
 def played(request):
     return played_by(request.param)
 
@@ -523,6 +524,7 @@ def test_the_optimizer_is_an_ordinary_optax_chain(script, monkeypatch, name):
     np.testing.assert_allclose(after.params["w"], 0.5 - 1e-2 * step, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_optimizer_trains(script, monkeypatch):
     """With AdamW in Adam's place the loss of the real agent on one rollout falls."""
     monkeypatch.setattr(script.optax, "adam", optax.adamw)
@@ -635,6 +637,7 @@ def single_runs(script):
     return quick_jit(init), quick_jit(update)
 
 
+@pytest.mark.slow
 def test_update_is_pure(single_runs):
     """The same state twice gives the same bits twice, and the state given stays as it was."""
     init, update = single_runs
@@ -676,6 +679,7 @@ def test_an_evaluation_counts_first_episodes(name, greedy):
     assert result["action"].all() if greedy else 0.3 < result["action"].mean() < 0.7
 
 
+@pytest.mark.slow
 def test_seeds_together_equal_seeds_alone(script, single_runs):
     """After two updates the runs of seeds 3, 4 and 5 in one vmap are those of each seed alone."""
     args = tiny_args(script, seed=3, num_seeds=3)
@@ -693,7 +697,7 @@ def test_seeds_together_equal_seeds_alone(script, single_runs):
     assert np.abs(weights[0] - weights[1]).max() > 0.1 and np.abs(weights[1] - weights[2]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", slow_but(SCRIPTS, FEW))
+@pytest.mark.parametrize("name", slow_but(SCRIPTS, QUICK))
 def test_an_update_is_lowered_for_a_gpu(name, monkeypatch):
     """Without one at hand: an update lowers for CUDA, by the path that a GPU takes, and calls no library of a CPU."""
     script = load(name)
