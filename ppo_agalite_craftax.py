@@ -177,21 +177,22 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
     Inputs: k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) after their activations; cos (T, B, F);
     weight (F,), how many of the r frequencies share a cosine; reset (T, B), true where an episode starts.
 
-    Time is cut into chunks of C steps. The backward pass keeps the memory between two chunks and computes a chunk again
-    when it gets there (jax.checkpoint). On a CPU a chunk is a loop over its steps, which stay in the cache. A GPU would
-    mostly wait for the steps of a loop to start, so there a chunk is computed at once, by an associative scan.
+    Time is cut into chunks of C steps. The forward pass keeps only the memory before each chunk; the backward pass
+    computes a chunk again (jax.checkpoint). On a CPU a chunk is a loop over its steps, which fit into the cache. On a
+    GPU, starting the operations of a step takes longer than the work, so an associative scan computes a chunk at once.
     """
     on_cpu = jax.default_backend() == "cpu"
     T, C = len(k), min(len(k), 16 if on_cpu else 128)
     expand = functools.partial(jnp.einsum, "...e,...d->...ed")
 
-    def recurrence(state, decay, inflow):  # state_t = decay_t state_{t-1} + inflow_t, for one step or for a whole chunk
+    def recurrence(state, decay, inflow):  # state_t = decay_t state_{t-1} + inflow_t -> on a GPU, all C states
         if on_cpu:
             return decay * state + inflow
+        # Two steps in a row are again such a step: a2 (a1 s + b1) + b2 = (a1 a2) s + (b1 a2 + b2).
         combine = lambda earlier, later: (earlier[0] * later[0], earlier[1] * later[0] + later[1])
         return jax.lax.associative_scan(combine, (decay, inflow.at[0].add(decay[0] * state)))[1]
 
-    def attend(memory, inputs):  # of one step on a CPU, else of a chunk, whose arrays begin with an axis C
+    def attend(memory, inputs):  # of one step on a CPU; on a GPU of a chunk, where all shapes begin with an axis C
         reset, cos, k, q, v, beta, gamma, p1, p2, p3 = inputs
         keep = 1.0 - reset[..., None, None]  # (B, 1, 1)
         gamma = expand(p3, gamma)  # (B, H, e, d)
@@ -203,8 +204,7 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
         score = weight[:, None] * jnp.einsum("...fhed,...he,...hd->...fh", keys, p2, q)  # (B, F, H)
         total = 2 * weight.sum() * jnp.einsum("...hed,...he,...hd->...h", norm, p2, q) + 1e-5  # (B, H)
         out = jnp.einsum("...fh,...fhd->...hd", score, values) / total[..., None]  # (B, H, d)
-        memory = LayerMemory(keys, values, norm)
-        return memory if on_cpu else jax.tree.map(lambda x: x[-1], memory), out
+        return jax.tree.map(lambda x: x if on_cpu else x[-1], LayerMemory(keys, values, norm)), out
 
     def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is
         return jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])
@@ -248,7 +248,7 @@ class AGaLiTe(nn.Module):
 
     @nn.compact
     def __call__(self, x, reset, memory: Memory):
-        # cos(w t) for w in linspace(-pi, pi, r). As cos(-x) = cos(x), half are enough; all but w = 0 count twice.
+        # The w of cos(w t). As cos(-x) = cos(x), half are enough: each counts twice, but the middle of odd r once.
         frequencies = jnp.linspace(-jnp.pi, jnp.pi, self.args.r)[: (self.args.r + 1) // 2]  # (F,)
         weight = jnp.full(len(frequencies), 2.0).at[self.args.r // 2 :].set(1.0)
 

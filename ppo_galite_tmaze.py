@@ -164,22 +164,23 @@ def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, 
     k, q and gamma are expanded from d to (d, e) by outer products with p1, p2 and p3.
     Inputs: k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) after their activations; reset (T, B).
 
-    Time is cut into chunks of C steps. The backward pass keeps the memory between two chunks and computes a chunk again
-    when it gets there (jax.checkpoint), so there are about T / C + C matrices at once instead of T. On a CPU a chunk is
-    a loop over its steps. A GPU would mostly wait for them to start, so there a chunk is one associative scan.
+    Time is cut into chunks of C steps. The forward pass keeps only the memory before each chunk; the backward pass
+    computes a chunk again (jax.checkpoint). On a CPU a chunk is a loop over its steps, which fit into the cache. On a
+    GPU, starting the operations of a step takes longer than the work, so an associative scan computes a chunk at once.
     """
     on_cpu = jax.default_backend() == "cpu"
-    T, C = len(k), min(len(k), 16 if on_cpu else 64)
+    T, C = len(k), min(len(k), 16 if on_cpu else 64)  # not tuned
     expand = functools.partial(jnp.einsum, "...d,...e->...de")
     outer = functools.partial(jnp.einsum, "...i,...de->...ide")
 
-    def recurrence(state, decay, inflow):  # state_t = decay_t state_{t-1} + inflow_t, for one step or for a whole chunk
+    def recurrence(state, decay, inflow):  # state_t = decay_t state_{t-1} + inflow_t -> on a GPU, all C states
         if on_cpu:
             return decay * state + inflow
+        # Two steps in a row are again such a step: a2 (a1 s + b1) + b2 = (a1 a2) s + (b1 a2 + b2).
         combine = lambda earlier, later: (earlier[0] * later[0], earlier[1] * later[0] + later[1])
         return jax.lax.associative_scan(combine, (decay, inflow.at[0].add(decay[0] * state)))[1]
 
-    def attend(memory, inputs):  # of one step on a CPU, else of a chunk, whose arrays begin with an axis C
+    def attend(memory, inputs):  # of one step on a CPU; on a GPU of a chunk, where all shapes begin with an axis C
         reset, k, q, v, beta, gamma, p1, p2, p3 = inputs
         keep = 1.0 - reset[..., None, None, None]  # (B, 1, 1, 1)
         gamma, q = expand(gamma, p3), expand(q, p2)  # (B, H, d, e)
@@ -188,8 +189,8 @@ def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, 
         decay = keep[..., None] * (1 - outer(beta, gamma))  # (B, H, d, d, e)
         matrix = recurrence(memory.matrix, decay, outer(beta * v, new_k))
         read, total = jnp.einsum("...ide,...de->...i", matrix, q), jnp.einsum("...de,...de->...", norm, q)
-        memory = MatrixMemory(matrix, norm)
-        return memory if on_cpu else jax.tree.map(lambda x: x[-1], memory), read / (total[..., None] + 1e-10)
+        memory = jax.tree.map(lambda x: x if on_cpu else x[-1], MatrixMemory(matrix, norm))
+        return memory, read / (total[..., None] + 1e-10)
 
     def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is
         return jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])

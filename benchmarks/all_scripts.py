@@ -3,7 +3,8 @@
     python benchmarks/all_scripts.py
     python benchmarks/all_scripts.py ppo_agalite_tmaze ppo_gtrxl_tmaze
 
-All are compiled first, in parallel, and then run one after the other: the median of three updates after a first one.
+All are compiled first, in parallel, so each takes longer than it would alone. Then they run one after the other: the
+median of three updates after a first one.
 Memory is what XLA plans for the update, its arguments and results included. The mazes of Memory Maze are processes on
 CPUs; here random images take their place, so its rows are acting and learning alone. With --wait the runs begin when a
 line arrives on standard input.
@@ -63,7 +64,7 @@ def compile_script(name: str):
 
 
 def seconds_of(part, inputs) -> float:
-    """The median over calls after a first one, with the results on the host."""
+    """The median over calls after a first one, each until its results are there, on the device."""
     times = []
     for _ in range(1 + UPDATES):
         start = time.perf_counter()

@@ -6,12 +6,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+set -m  # each job is a process group, so that the next line ends it with all that it has started
+trap 'for job in $(jobs -p); do kill -- "-$job"; done 2> "$folder/none" || true; rm -rf "$folder"' EXIT
 mkfifo "$folder/go"
 exec 3<> "$folder/go"
 export PYTHONPATH=. XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_COMPILATION_CACHE_DIR=$folder/cache
 # XLA would time variants of each matrix product, while other processes use the GPU too: minutes, and useless numbers.
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+python -c 'import jax; assert jax.default_backend() == "gpu", "no GPU: see README.md for the CUDA build of JAX"'
 
 job() {  # NAME COMMAND: runs it in the background, keeps what it prints, and shows it if it fails
   { "${@:2}" > "$folder/$1" 2> "$folder/$1.errors" <&3 || {
@@ -38,6 +41,7 @@ job attention python benchmarks/attention.py 512,4,4 128,16,4 128,128,8
 wait $!
 echo >&3
 wait $scripts
+[ ! -e "$folder/failed" ] || exit 1
 {
   echo "# On a GPU"
   echo
@@ -49,13 +53,13 @@ wait $scripts
   echo
   sed 's/^/    /' "$folder/attention"
   echo
-  echo "All scripts at their default size:"
+  echo "All scripts at their default size, without XLA's search for the fastest products ($XLA_FLAGS):"
   echo
   sed 1d "$folder/scripts"
   echo
   echo "\`python ppo_agalite_tmaze.py --num-seeds 8\`, beside everything else; minutes of all eight seeds together:"
   echo
   python benchmarks/results.py "$folder/tmaze" "$folder"/runs/* | tail -n +3
-} > docs/results/gpu.md
+} > "$folder/gpu.md"
+mv "$folder/gpu.md" docs/results/gpu.md
 cat docs/results/gpu.md
-[ ! -e "$folder/failed" ]

@@ -25,8 +25,8 @@ def scripts_of(task: str) -> list[str]:
 
 TMAZE, MYSTERYPATH, CRAFTAX, MEMORYMAZE = map(scripts_of, ("tmaze", "mysterypath", "craftax", "memorymaze"))
 SCRIPTS = TMAZE + MYSTERYPATH + CRAFTAX  # for Memory Maze see test_memorymaze_scripts.py
-# For slow tests of what hardly knows the memory, and for quick ones: without those whose memory and whose environment
-# are both tested in other scripts, and without GaLiTe and the GRU, which are much like AGaLiTe and the LSTM there.
+# For slow tests that hardly depend on the memory. Left out: scripts whose memory and environment others test, and
+# GaLiTe and the GRU, which are like AGaLiTe and the LSTM there.
 LIKE_OTHERS = "ppo_gtrxl_mysterypath", "ppo_gtrxl_craftax", "ppo_galite_tmaze", "ppo_gru_tmaze"
 FEW = [name for name in SCRIPTS if name not in LIKE_OTHERS]
 QUICK = [name for name in FEW if name not in MYSTERYPATH]  # for `-m "not slow"`

@@ -67,7 +67,7 @@ class Learning:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_learns_with_memory_and_only_with_it(name):
-    """Two seeds of two learn the task; without memory the same agent stays at chance, which is 0.5.
+    """Both seeds learn the task; without memory the same agent stays at chance, which is 0.5.
 
     `PYTHONPATH=. python tests/test_memorymaze_learning.py NAME 20`: all of 20 seeds reach 0.9 within the 120 updates,
     LSTM after 9 to 12, GTrXL after 10 to 16, AGaLiTe after 12 to 30 (AMD EPYC, Zen 5, 2 s per seed); with

@@ -101,9 +101,10 @@ def test_ratio_is_one_before_the_first_gradient_step(played):
     logits, *_ = played.apply(played.params, played.transitions.obs, reset, played.memory)
     assert np.abs(logits - logits.mean(-1, keepdims=True)).mean() > 0.3, "with a policy far from uniform"
     assert np.std(played.transitions.value) > 0.1
-    # Where few queries are positive, and those hardly, linear attention multiplies rounding errors by 1 / query. With
-    # SSE4.2 a few of the 1536 steps of Craftax exceed 1e-4.
-    assert np.quantile(played.deviations(), 0.99) <= 1e-4 and max(played.errors()) <= 1e-3
+    # Linear attention divides by norm . q. Where that is nearly 0, rounding errors grow: with SSE4.2 a few of the 1536
+    # steps of Craftax exceed 1e-4. The other memories divide by nothing of the kind.
+    allowed = 1e-3 if "galite" in played.script.__name__ else 1e-4  # AGaLiTe and GaLiTe
+    assert np.quantile(played.deviations(), 0.99) <= 1e-4 and max(played.errors()) <= allowed
 
 
 FAULTS = {
