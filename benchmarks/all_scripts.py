@@ -4,10 +4,9 @@
     python benchmarks/all_scripts.py ppo_agalite_tmaze ppo_gtrxl_tmaze
 
 All are compiled first, in parallel, so each takes longer than it would alone. Then they run one after the other: the
-median of three updates after a first one.
-Memory is what XLA plans for the update, its arguments and results included. The mazes of Memory Maze are processes on
-CPUs; here random images take their place, so its rows are acting and learning alone. With --wait the runs begin when a
-line arrives on standard input.
+median of three updates after a first one. Memory is what XLA plans for the update, its arguments and results included.
+The mazes of Memory Maze are processes on CPUs; here random images take their place, so its rows are acting and learning
+alone. With --wait, the runs begin when a line arrives on standard input.
 """
 
 import functools
@@ -82,7 +81,7 @@ def main(names: list[str]):
         print("compiled", flush=True)
         input()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| script | steps/s | an update, s | acting | memory, MiB | compiled in, s |\n|" + " --- |" * 6, flush=True)
+    print("| script | steps/s | seconds per update | acting | memory, MiB | seconds to compile |\n|" + " --- |" * 6, flush=True)
     for name, (steps, parts, compile_seconds) in zip(names, compiled, strict=True):
         seconds = [calls * seconds_of(part, inputs) for calls, part, inputs in parts]
         plans = [part.memory_analysis() for _, part, _ in parts]

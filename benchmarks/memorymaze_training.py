@@ -3,8 +3,8 @@
     taskset -c 0 python benchmarks/memorymaze_training.py ppo_agalite_memorymaze --num-channels 4 --num-envs 16
 
 Flags are the script's own; without any, the published size. Each part is measured alone. Run it on one core: with more,
-the workers overlap, and the parts do not add up to the whole. Milliseconds are those of one
-step of one environment. Transitions are random, mazes are not.
+the workers overlap, and the parts do not add up to the whole. Milliseconds are those of one step of one environment.
+Transitions are random, mazes are not.
 """
 
 import functools

@@ -18,16 +18,8 @@ from common import brisk_jit, load, quick_jit
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-OTHERS = {
-    "--no-deps",
-    "--ntasks",
-    "--gpus-per-task",
-    "--durations",
-    "--dist",
-    "--check",
-    "--user",
-    "--xla",
-}  # of pip, ...
+# Flags of pip, srun, XLA, ...
+OTHERS = {"--no-deps", "--ntasks", "--gpus-per-task", "--durations", "--dist", "--check", "--user", "--xla"}
 # Flags of earlier commits, which docs/tmaze_earlier.md explains.
 EARLIER = {"--gate-init", "--critic-bias", "--cautious-entropy"}
 OURS = re.compile(r"^(benchmarks/|tests/|ppo_)\S*\.(py|sh)$")
