@@ -81,7 +81,8 @@ def main(names: list[str]):
         print("compiled", flush=True)
         input()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| script | steps/s | seconds per update | acting | memory, MiB | seconds to compile |\n|" + " --- |" * 6, flush=True)
+    columns = "script", "steps/s", "seconds per update", "acting", "memory, MiB", "seconds to compile"
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     for name, (steps, parts, compile_seconds) in zip(names, compiled, strict=True):
         seconds = [calls * seconds_of(part, inputs) for calls, part, inputs in parts]
         plans = [part.memory_analysis() for _, part, _ in parts]
