@@ -3,18 +3,19 @@
     python benchmarks/all_scripts.py
     python benchmarks/all_scripts.py ppo_agalite_tmaze ppo_gtrxl_tmaze
 
-All are compiled first, in parallel, so each takes longer than it would alone. Then they run one after the other: the
-median of three updates after a first one. Memory is what XLA plans for the update, its arguments and results included.
+Each script is a process. All are compiled first, as many at once as there are cores, so each takes longer than it would
+alone. Then they run one after the other: the median of three updates after a first one. Memory is what XLA plans for
+the update, its arguments and results included.
 The mazes of Memory Maze are processes on CPUs; here random images take their place, so its rows are acting and learning
 alone. With --wait, the runs begin when a line arrives on standard input.
 """
 
 import functools
 import importlib
+import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -72,24 +73,42 @@ def seconds_of(part, inputs) -> float:
     return float(np.median(times[1:]))
 
 
+def measure(name: str, compiling, pipe):
+    """The process of one script: compiles it, reports, waits for its turn, and sends its row of the table."""
+    with compiling:
+        steps, parts, compile_seconds = compile_script(name)
+    pipe.send("compiled")
+    pipe.recv()
+    seconds = [calls * seconds_of(part, inputs) for calls, part, inputs in parts]
+    plans = [part.memory_analysis() for _, part, _ in parts]
+    sizes = [p.argument_size_in_bytes + p.output_size_in_bytes + p.temp_size_in_bytes for p in plans]
+    acting = f"{seconds[0] / sum(seconds):.0%}" if len(parts) > 1 else ""
+    cells = f"{steps / sum(seconds):,.0f} | {sum(seconds):.3f} | {acting} | {max(sizes) / 2**20:,.0f}"
+    pipe.send(f"| {name} | {cells} | {compile_seconds:.0f} |")
+
+
 def main(names: list[str]):
     wait = "--wait" in names
     names = [name for name in names if name != "--wait"] or sorted(path.stem for path in ROOT.glob("ppo_*.py"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = list(pool.map(compile_script, names))
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all processes share a GPU
+    spawn = multiprocessing.get_context("spawn")
+    compiling, pipes = spawn.Semaphore(os.cpu_count()), []
+    for name in names:
+        pipe, end = spawn.Pipe()
+        spawn.Process(target=measure, args=(name, compiling, end), daemon=True).start()
+        end.close()  # so that recv() below raises an error if the process has died
+        pipes.append(pipe)
+    for pipe in pipes:
+        pipe.recv()
     if wait:
         print("compiled", flush=True)
         input()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     columns = "script", "steps/s", "seconds per update", "acting", "memory, MiB", "seconds to compile"
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
-    for name, (steps, parts, compile_seconds) in zip(names, compiled, strict=True):
-        seconds = [calls * seconds_of(part, inputs) for calls, part, inputs in parts]
-        plans = [part.memory_analysis() for _, part, _ in parts]
-        sizes = [p.argument_size_in_bytes + p.output_size_in_bytes + p.temp_size_in_bytes for p in plans]
-        acting = f"{seconds[0] / sum(seconds):.0%}" if len(parts) > 1 else ""
-        cells = f"{steps / sum(seconds):,.0f} | {sum(seconds):.3f} | {acting} | {max(sizes) / 2**20:,.0f}"
-        print(f"| {name} | {cells} | {compile_seconds:.0f} |", flush=True)
+    for pipe in pipes:
+        pipe.send("run")
+        print(pipe.recv(), flush=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ wait $scripts
   echo
   sed 's/^/    /' "$folder/attention"
   echo
-  echo "All scripts at their default size, without XLA's search for the fastest products ($XLA_FLAGS):"
+  echo "All scripts at their default size, without XLA's search for the fastest products (${XLA_FLAGS# }):"
   echo
   sed 1d "$folder/scripts"
   echo

@@ -101,8 +101,8 @@ def draw(settings: dict[str, list[list[dict]]], outcome: str, path: Path):
 
 def main(name: str, folders: list[str]):
     runs = [(json.loads((Path(folder) / "args.json").read_text()), Path(folder)) for folder in folders]
-    flags = [flag for flag in runs[0][0] if flag not in FREE and all(flag in args for args, _ in runs)]
-    differ = [flag for flag in flags if len({str(args[flag]) for args, _ in runs}) > 1]
+    flags = [flag for flag in dict.fromkeys(flag for args, _ in runs for flag in args) if flag not in FREE]
+    differ = [flag for flag in flags if len({str(args[flag]) for args, _ in runs if flag in args}) > 1]
     task = next((task for task in OUTCOMES if runs[0][1].name.startswith(task)), None)
     outcomes = OUTCOMES.get(task, ["episodic_return"])
 
@@ -114,7 +114,7 @@ def main(name: str, folders: list[str]):
             seed = args["seed"] + i
             own = [row for row in rows if int(row.get("seed", seed)) == seed]
             results = {(kind, x): final[kind][x][i] for x in outcomes for kind in ("sampled", "greedy")}
-            settings[tuple(str(args[flag]) for flag in differ)].append((seed, own, results))
+            settings[tuple(str(args.get(flag, "")) for flag in differ)].append((seed, own, results))
 
     cells = [[*differ, "seed", *(["solved at step"] if task == "tmaze" else []), "minutes"]]
     cells[0] += [f"{x.replace('episodic_', '')}, {kind}" for x in outcomes for kind in ("sampled", "greedy")]
@@ -136,11 +136,10 @@ def main(name: str, folders: list[str]):
     lines = ["| " + " | ".join(row) + " |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]]]
     text = f"Made by `python benchmarks/results.py {name} ...` from the folders of the runs.\n\n" + "\n".join(lines)
     Path(f"{name}.md").write_text(text + "\n")
-    label = lambda flag, value: value if flag == "exp_name" else f"{flag} {value}"
-    named = {
-        ", ".join(map(label, differ, values)) or runs[0][0]["exp_name"]: [rows for _, rows, _ in seeds]
-        for values, seeds in sorted(settings.items())
-    }
+    named = {}
+    for values, seeds in sorted(settings.items()):
+        labels = [x if flag == "exp_name" else f"{flag} {x}" for flag, x in zip(differ, values, strict=True) if x]
+        named[", ".join(labels) or runs[0][0]["exp_name"]] = [rows for _, rows, _ in seeds]
     draw(named, outcomes[0], Path(f"{name}.png"))
     print(text)
 

@@ -90,7 +90,7 @@ def test_presets_can_be_run(preset):
     done = subprocess.run(["bash", "-c", commands, preset, "3"], capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
         path, *flags = line.removeprefix("benchmarks/without_memory.py ").split()
-        name = Path(path).stem.replace("unaware", "agalite")  # a copy
+        name = Path(path).stem.replace("unaware", "agalite").replace("linear", "galite")  # copies
         assert load(name).parse_args(flags).seed == 3
     assert done.stdout
 
