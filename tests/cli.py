@@ -51,7 +51,8 @@ ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": os.environ["COMPILED_FOR_TESTS"],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in quick_compiler_options().items()),
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+    + "".join(f" --{name}={str(value).lower()}" for name, value in quick_compiler_options().items()),
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
     "PYTHONPATH": str(REPOSITORY),  # for copies of scripts elsewhere

@@ -72,7 +72,8 @@ class Played:
         self.script, self.args = script, small_args(script, **SIZES)
         self.envs = in_turn([make_env(self.args, index) for index in range(8)])
         self.agent = script.ActorCritic(self.args, self.envs.single_action_space.n)
-        self.train_state = script.init_learner(self.args, self.envs, self.agent, jax.random.key(1))
+        init = functools.partial(script.init_learner, self.args, self.envs, self.agent)
+        self.train_state = quick_jit(init)(jax.random.key(1))
         self.params = random_params(self.train_state.params)
         # Sums over residual blocks grow with each; twice as large they would close the gates behind.
         self.params["params"]["encoder"] = jax.tree.map(lambda x: x / 2, self.params["params"]["encoder"])

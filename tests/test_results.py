@@ -126,7 +126,7 @@ def test_without_memory_no_step_knows_of_another():
     env, _ = build(script, args)
     agent, reset = forgetful(script.ActorCritic)(args, 4), np.zeros((5, 3), bool)
     obs = random_observations(env, 0, (5, 3))
-    params = agent.init(jax.random.key(0), obs, reset, agent.initial_memory(3))
+    params = quick_jit(agent.init)(jax.random.key(0), obs, reset, agent.initial_memory(3))
     apply = quick_jit(agent.apply)
     logits, value, memory = apply(params, obs, reset, agent.initial_memory(3))
     for t in range(5):
