@@ -45,7 +45,10 @@ wait $scripts
 {
   echo "# On a GPU"
   echo
-  echo "Made by \`benchmarks/gpu.sh\`: golden numbers, float64 references, ratio 1, attention as on a CPU:"
+  version="commit $(git rev-parse --short HEAD 2> "$folder/none" || echo unknown), $(python -V)"
+  echo "Made by \`benchmarks/gpu.sh\` in $SECONDS s: $version, $(nproc) CPU cores."
+  echo
+  echo "Golden numbers, float64 references, ratio 1, attention as on a CPU (with full products; the rest may use TF32):"
   echo
   tail -n 1 "$folder/tests" | sed 's/^/    /'
   echo

@@ -108,13 +108,18 @@ def main(name: str, folders: list[str]):
 
     settings = collections.defaultdict(list)  # values of the flags that differ -> (seed, rows, evaluation), ...
     for args, folder in sorted(runs, key=lambda run: run[0]["seed"]):
+        if not (folder / "evaluation.json").exists():
+            raise SystemExit(f"{folder}: has no evaluation.json, so the run has not ended")
         final = json.loads((folder / "evaluation.json").read_text())
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         for i in range(args.get("num_seeds", 1)):
             seed = args["seed"] + i
             own = [row for row in rows if int(row.get("seed", seed)) == seed]
             results = {(kind, x): final[kind][x][i] for x in outcomes for kind in ("sampled", "greedy")}
-            settings[tuple(str(args.get(flag, "")) for flag in differ)].append((seed, own, results))
+            setting = settings[tuple(str(args.get(flag, "")) for flag in differ)]
+            if any(seed == other for other, *_ in setting):
+                raise SystemExit(f"{folder}: another run has the same flags and seed {seed}")
+            setting.append((seed, own, results))
 
     cells = [[*differ, "seed", *(["solved at step"] if task == "tmaze" else []), "minutes"]]
     cells[0] += [f"{x.replace('episodic_', '')}, {kind}" for x in outcomes for kind in ("sampled", "greedy")]

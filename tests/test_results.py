@@ -13,7 +13,7 @@ from common import FIRST, assert_close, build, load, quick_jit, random_observati
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from corridors import Run, alone, best
-from results import interval, recent, solved_at
+from results import interval, main, recent, solved_at
 from without_memory import forgetful
 
 
@@ -101,6 +101,47 @@ def test_each_seed_of_a_run_has_its_own_row(tmp_path, monkeypatch):
     assert rows[0]["model"] == "gru" and "num_seeds" not in rows[0]
     run = dataclasses.replace(run, num_seeds=2)
     assert run.folder() is None, "a run of other seeds"
+
+
+def run_folder(path, exp_name, seed, **flags):
+    """A run of the T-Maze whose success is 1 from the first update."""
+    path.mkdir()
+    (path / "args.json").write_text(json.dumps({"exp_name": exp_name, "seed": seed, **flags}))
+    (path / "evaluation.json").write_text(json.dumps({kind: {"success": [1.0]} for kind in ("sampled", "greedy")}))
+    head = "global_step,elapsed,charts/episodes,charts/success_rate,charts/episodic_length"
+    (path / "metrics.csv").write_text("\n".join([head, *(f"{100 * u},{60 * u},200,1.0,{160 + u}" for u in (1, 2, 3))]))
+    return str(path)
+
+
+def test_table_of_settings(tmp_path):
+    """Settings differ by scripts and flags, also by a flag that not all scripts have; seeds of one are summed up."""
+    settings = ("gtrxl", 1, {"memory_len": 128}), ("gtrxl", 2, {"memory_len": 128}), ("gtrxl", 1, {"memory_len": 256})
+    settings += (("lstm", 1, {"hidden_size": 600}),)
+    folders = [run_folder(tmp_path / f"tmaze_{i}", name, seed, **x) for i, (name, seed, x) in enumerate(settings)]
+    main(str(tmp_path / "table"), folders)
+    _, _, head, _, *rows = (tmp_path / "table.md").read_text().splitlines()
+    assert head.startswith("| exp_name | memory_len | seed | solved at step | minutes |")
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:3] for row in cells] == [
+        ["gtrxl", "128", "1"],
+        ["gtrxl", "128", "2"],
+        ["gtrxl", "128", "**all**"],
+        ["gtrxl", "256", "1"],
+        ["lstm", "", "1"],
+    ]
+    assert cells[0][3:5] == ["100", "1.0"] and cells[2][3] == "2 of 2, median 100"
+    assert (tmp_path / "table.png").exists()
+
+
+def test_runs_that_make_no_table(tmp_path):
+    """A run that has not ended, and one that is there twice, are named."""
+    once, again = (run_folder(tmp_path / f"tmaze_{i}", "gru", 1) for i in range(2))
+    with pytest.raises(SystemExit, match="another run has the same flags and seed 1"):
+        main(str(tmp_path / "table"), [once, again])
+    Path(once, "evaluation.json").unlink()
+    with pytest.raises(SystemExit, match="tmaze_0: has no evaluation.json"):
+        main(str(tmp_path / "table"), [once])
+    assert not (tmp_path / "table.md").exists()
 
 
 def test_interval_is_students():
