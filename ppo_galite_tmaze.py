@@ -33,6 +33,7 @@ import tyro
 import wandb
 from flax.linen.initializers import constant, orthogonal
 from flax.training.train_state import TrainState
+from jax.custom_batching import sequential_vmap
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
@@ -210,10 +211,12 @@ class GaLiTeAttention(nn.Module):
     def __call__(self, x, reset, memory: MatrixMemory):
         T, B, D = x.shape
         H, d, e = self.args.num_heads, self.args.d_head, self.args.eta
-        # Each head has its own maps: H dense layers side by side -> (T, B, H, n).
+        # Each head has its own maps: H dense layers side by side -> (T, B, H, n). Their kernels are drawn one after the
+        # other, because several QR decompositions of a batch can block each other on a CPU (jaxlib 0.10).
+        init = lambda key, *shape: sequential_vmap(lambda key: orthogonal(math.sqrt(2))(key, *shape))(key)
         axes = {"out_axes": 2, "axis_size": H, "variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        of_x = functools.partial(nn.vmap(nn.Dense, in_axes=None, **axes), kernel_init=orthogonal(math.sqrt(2)))
-        of_query = functools.partial(nn.vmap(nn.Dense, in_axes=2, **axes), kernel_init=orthogonal(math.sqrt(2)))
+        of_x = functools.partial(nn.vmap(nn.Dense, in_axes=None, **axes), kernel_init=init)
+        of_query = functools.partial(nn.vmap(nn.Dense, in_axes=2, **axes), kernel_init=init)
         # Initially, gamma is about 1 / (1 + s) and remembers for about s steps (Tallec and Ollivier 2018).
         gamma_init = lambda *args: -jnp.log(jax.random.uniform(*args, minval=1.0, maxval=self.args.chrono_steps))
 

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -707,6 +708,17 @@ def test_an_update_is_lowered_for_a_gpu(name, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     program = jax.export.export(jax.jit(update), platforms=["cuda"])(runner).mlir_module()
     assert len(program) > 1e5 and "custom_call" not in program
+
+
+@pytest.mark.parametrize("name", slow_but(SCRIPTS, ["ppo_galite_tmaze"]))
+def test_initial_kernels_are_drawn_one_by_one(name):
+    """No batch of QR decompositions: jaxlib 0.10 spreads it over the threads that compute. If all of these wait for
+    such batches, none is left, and a run hangs before its first update."""
+    script = load(name)
+    init, _ = bind(script, tiny_args(script))
+    program = jax.export.export(jax.jit(init), platforms=["cpu"])(jax.random.key(0)).mlir_module()
+    batch_dims = re.findall(r'@lapack_s(?:geqrf|orgqr)_ffi.*num_batch_dims = "(\d)"', program)
+    assert batch_dims and set(batch_dims) == {"0"}
 
 
 @pytest.mark.slow
