@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the parts of AGaLiTe are worth: gates, approximation r, expansion eta. Small agents, corridor 80, five seeds.
-# 1.5M steps per seed; XX minutes on one core for all. Then
+# 1.5M steps per seed; about an hour on one core for all. Then
 #
 #     python benchmarks/results.py docs/results/memory_ablation runs/memory_ablation/*
 #
@@ -30,6 +30,5 @@ done
 for eta in 1 8; do
   python ppo_agalite_tmaze.py "${flags[@]}" --eta "$eta"
 done
-python ppo_galite_tmaze.py "${flags[@]}"
 python ppo_galite_tmaze.py "${flags[@]}" --eta 1
 python "$linear" "${flags[@]}" --eta 1

@@ -2,7 +2,7 @@
 # What each piece of the T-Maze recipe is worth: AGaLiTe at corridor 160 without one of them.
 # 1.5M steps, 4 to 5 minutes on one core per seed and piece. Then
 #
-#     python benchmarks/results.py docs/results/tmaze_ablation runs/tmaze__*
+#     python benchmarks/results.py docs/results/tmaze_ablation runs/tmaze_ablation/*
 #
 # writes docs/results/tmaze_ablation.md.
 #
@@ -17,9 +17,10 @@ unaware=$(mktemp -d)/ppo_unaware_tmaze.py
 sed '/gamma\*\*steps_left/d' ppo_agalite_tmaze.py > "$unaware"
 
 for seed in "${@:-1}"; do
-  python ppo_agalite_tmaze.py --seed "$seed"
-  python ppo_agalite_tmaze.py --seed "$seed" --logit-noise 0
-  python ppo_agalite_tmaze.py --seed "$seed" --initial-value 0
-  python ppo_agalite_tmaze.py --seed "$seed" --chrono-steps 1
-  python "$unaware" --seed "$seed"
+  flags=(--runs-dir runs/tmaze_ablation --seed "$seed")
+  python ppo_agalite_tmaze.py "${flags[@]}"
+  python ppo_agalite_tmaze.py "${flags[@]}" --logit-noise 0
+  python ppo_agalite_tmaze.py "${flags[@]}" --initial-value 0
+  python ppo_agalite_tmaze.py "${flags[@]}" --chrono-steps 1
+  python "$unaware" "${flags[@]}"
 done
