@@ -54,14 +54,19 @@ def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "succes
     assert all(float(row["charts/SPS"]) > 0 for row in table)
 
 
+# Of each memory and of each task, one script makes a video. Not the one that plays Craftax itself: compiled for its own
+# sake, one step of the game takes long.
+FILMED = "ppo_agalite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_agalite_mysterypath", "ppo_gtrxl_craftax"
+
+
 def updates_of(script) -> int:
     return 100 if script in TMAZE else 20
 
 
 def run_to_its_end(script, **options):
     """The run that both tests look at; images and symbols are slow."""
-    updates, video = updates_of(script), ["--capture-video"] if script in FEW else []
-    return finished(script, updates, updates // 10, "--track", *video, **options)
+    updates, video = updates_of(script), ["--capture-video"] if script in FILMED else []
+    return finished(script, updates, updates // 4, "--track", *video, **options)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -79,8 +84,8 @@ def test_run_leaves_what_it_promises(script):
     with Image.open(folder / "learning_curve.png") as image:
         image.load()
         assert min(image.size) > 100
-    assert (folder / "episode.gif").exists() == (script in FEW)
-    if script in FEW:
+    assert (folder / "episode.gif").exists() == (script in FILMED)
+    if script in FILMED:
         with Image.open(folder / "episode.gif") as video:
             assert video.n_frames > 1
     evaluation = json.loads((folder / "evaluation.json").read_text())
