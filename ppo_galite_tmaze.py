@@ -212,7 +212,7 @@ class GaLiTeAttention(nn.Module):
         T, B, D = x.shape
         H, d, e = self.args.num_heads, self.args.d_head, self.args.eta
         # Each head has its own maps: H dense layers side by side -> (T, B, H, n). Their kernels are drawn one after the
-        # other, because several QR decompositions of a batch can block each other on a CPU (jaxlib 0.10).
+        # other, because batches of QR decompositions can block each other on a CPU (jaxlib 0.10).
         init = lambda key, *shape: sequential_vmap(lambda key: orthogonal(math.sqrt(2))(key, *shape))(key)
         axes = {"out_axes": 2, "axis_size": H, "variable_axes": {"params": 0}, "split_rngs": {"params": True}}
         of_x = functools.partial(nn.vmap(nn.Dense, in_axes=None, **axes), kernel_init=init)

@@ -54,8 +54,8 @@ def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "succes
     assert all(float(row["charts/SPS"]) > 0 for row in table)
 
 
-# Of each memory and of each task, one script makes a video. Not the one that plays Craftax itself: compiled for its own
-# sake, one step of the game takes long.
+# Of each memory and of each task, one script makes a video. The one that plays Craftax itself does not, because the
+# game would be compiled again for a single environment.
 FILMED = "ppo_agalite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_agalite_mysterypath", "ppo_gtrxl_craftax"
 
 
