@@ -213,10 +213,10 @@ class GaLiTeAttention(nn.Module):
         H, d, e = self.args.num_heads, self.args.d_head, self.args.eta
         # Each head has its own maps: H dense layers side by side -> (T, B, H, n). Their kernels are drawn one after the
         # other, because batches of QR decompositions can block each other on a CPU (jaxlib 0.10).
-        init = lambda key, *shape: sequential_vmap(lambda key: orthogonal(math.sqrt(2))(key, *shape))(key)
+        draw = lambda key, shape, dtype: sequential_vmap(lambda key: orthogonal(math.sqrt(2))(key, shape, dtype))(key)
         axes = {"out_axes": 2, "axis_size": H, "variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        of_x = functools.partial(nn.vmap(nn.Dense, in_axes=None, **axes), kernel_init=init)
-        of_query = functools.partial(nn.vmap(nn.Dense, in_axes=2, **axes), kernel_init=init)
+        of_x = functools.partial(nn.vmap(nn.Dense, in_axes=None, **axes), kernel_init=draw)
+        of_query = functools.partial(nn.vmap(nn.Dense, in_axes=2, **axes), kernel_init=draw)
         # Initially, gamma is about 1 / (1 + s) and remembers for about s steps (Tallec and Ollivier 2018).
         gamma_init = lambda *args: -jnp.log(jax.random.uniform(*args, minval=1.0, maxval=self.args.chrono_steps))
 

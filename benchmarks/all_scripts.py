@@ -5,9 +5,10 @@
 
 Each script is a process. All are compiled first, as many at once as there are cores, so each takes longer than it would
 alone. Then they run one after the other: the median of three updates after a first one. Memory is what XLA plans for
-the update, its arguments and results included. "Acting" is its share of an update.
+the update, its arguments and results included.
+
 The mazes of Memory Maze are processes on CPUs; here random images take their place, so its rows are acting and learning
-alone. With --wait, the runs begin when a line arrives on standard input.
+alone, and have the share of acting too. With --wait, the runs begin when a line arrives on standard input.
 """
 
 import functools

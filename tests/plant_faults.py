@@ -29,8 +29,8 @@ FAULTS = {
     ),
     "on a GPU, a chunk forgets the one before": (TMAZE, "inflow.at[0].add(decay[0] * state)", "inflow", MEMORY),
     "kernels of heads are drawn as a batch": (
-        "ppo_galite_tmaze.py", "sequential_vmap(lambda key: orthogonal(math.sqrt(2))(key, *shape))(key)",
-        "orthogonal(math.sqrt(2))(key, *shape)", "tests/test_ppo.py -k one_by_one"
+        "ppo_galite_tmaze.py", "sequential_vmap(lambda key: orthogonal(math.sqrt(2))(key, shape, dtype))(key)",
+        "orthogonal(math.sqrt(2))(key, shape, dtype)", "tests/test_ppo.py -k one_by_one"
     ),
     "time is not counted from the start of an episode": (
         TMAZE, "jnp.where(reset, 2, tick + 1)", "(tick + 1)", "tests/test_agalite.py"

@@ -718,7 +718,7 @@ def test_initial_kernels_are_drawn_one_by_one(name):
     init, _ = bind(script, tiny_args(script))
     program = jax.export.export(jax.jit(init), platforms=["cpu"])(jax.random.key(0)).mlir_module()
     batch_dims = re.findall(r'@lapack_s(?:geqrf|orgqr)_ffi.*num_batch_dims = "(\d)"', program)
-    assert batch_dims and set(batch_dims) == {"0"}
+    assert set(batch_dims) == ({"0"} if hasattr(script, "orthogonal") else set())  # a user's script may have others
 
 
 @pytest.mark.slow

@@ -60,11 +60,12 @@ FILMED = "ppo_agalite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_agalite_
 
 
 def updates_of(script) -> int:
+    """Few where images and symbols make them slow."""
     return 100 if script in TMAZE else 20
 
 
 def run_to_its_end(script, **options):
-    """The run that both tests look at; images and symbols are slow."""
+    """The run that both tests look at."""
     updates, video = updates_of(script), ["--capture-video"] if script in FILMED else []
     return finished(script, updates, updates // 4, "--track", *video, **options)
 
