@@ -632,8 +632,9 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
         policy = functools.partial(act_jit, params, kind == "greedy")
         returns, lengths = host_evaluate(args, envs, initial_memory, policy).T
         results[kind] = {"episodic_return": [returns.mean()], "episodic_length": [lengths.mean()]}
-        half = stdtrit(len(returns) - 1, 0.975) * returns.std(ddof=1) / math.sqrt(len(returns))  # 95%, Student's t
-        print(f"Evaluation, {kind} actions, {len(returns)} episodes: episodic_return {returns.mean():.3g} ± {half:.2g}")
+        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
+        shown = f"{returns.mean():.3g}" + (f" ± {half(returns):.2g}" if returns.size > 1 else "")
+        print(f"Evaluation, {kind} actions, {returns.size} episodes: episodic_return {shown}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:
         tracker.log({f"eval/{name}": values[0] for name, values in results["sampled"].items()})

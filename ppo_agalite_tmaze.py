@@ -592,7 +592,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
         # Over seeds if there are several, else over episodes. Names with a slash (Craftax's achievements) are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
         half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
-        shown = [f"{name} {x.mean():.3g} ± {half(x):.2g}" for name, x in over.items()]
+        shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:

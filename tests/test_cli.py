@@ -171,6 +171,8 @@ def test_evaluate_only_evaluates(script, tmp_path):
     assert set(after) == set(before) | {"evaluation.json"}
     assert after["evaluation.json"] == (finished(script) / "evaluation.json").read_bytes()
     assert "Evaluation, sampled actions" in out
+    out, err = run(script, "--evaluate", folder, "--eval-episodes", 1, cwd=tmp_path, small=False)
+    assert "1 episodes" in out and "±" not in out and "Warning" not in err, "one episode has no interval"
 
 
 @pytest.mark.slow

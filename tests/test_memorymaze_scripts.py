@@ -228,6 +228,17 @@ def test_evaluation_plays_new_episodes(played_once):
     assert (results[0] == results[1]).all() and (results[0] != results[2]).any()
 
 
+@pytest.mark.parametrize("returns, shown", [([3.0], "1 episodes: episodic_return 3"), ([3.0, 5.0], "± 13")])
+@pytest.mark.parametrize("script", MEMORYMAZE)
+def test_one_episode_has_no_interval(script, returns, shown, tmp_path, capsys, monkeypatch):
+    """A report of one episode is its return alone, of two also Student's 95% interval: 3 and 5 are 4 ± 12.7."""
+    module, played = load(script), np.stack([returns, np.full(len(returns), 20.0)], 1)
+    monkeypatch.setattr(module, "host_evaluate", lambda *_: played)
+    module.host_report(None, None, None, lambda *_: None, None, tmp_path, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.endswith(shown) for line in lines)
+
+
 def test_greedy_is_the_most_probable_action(played_once):
     """`act` with greedy; and the log-probability is that of the action, either way."""
     p = played_once
