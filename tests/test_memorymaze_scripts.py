@@ -309,22 +309,19 @@ def test_initial_parameters(name):
 def test_encoder_is_made_of_convolutions(name):
     """Its convolution and its pooling are what Flax calls SAME, values and gradients."""
     script, rng = load(name), np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 3, 8, 12, 5)), jnp.float32)
-    ours, theirs = script.Conv3x3(7), nn.Conv(7, (3, 3))
-    params = ours.init(jax.random.key(0), x)
-    params["params"]["bias"] = jnp.asarray(rng.normal(size=7), jnp.float32)
-    same = {"params": params["params"] | {"kernel": params["params"]["kernel"].reshape(3, 3, 5, 7)}}
+    kernel, bias, x = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((45, 7), 7, (2, 3, 8, 12, 5)))
 
-    def pooled(x):
-        y = nn.max_pool(x.reshape(6, 8, 12, -1), (3, 3), (2, 2), "SAME")
-        return y.reshape(2, 3, 4, 6, -1)
+    def ours(kernel, x):
+        return script.max_pool(script.Conv3x3(7).apply({"params": {"kernel": kernel, "bias": bias}}, x))
+
+    def theirs(kernel, x):
+        y = nn.Conv(7, (3, 3)).apply({"params": {"kernel": kernel.reshape(3, 3, 5, 7), "bias": bias}}, x)
+        return nn.max_pool(y.reshape(6, 8, 12, 7), (3, 3), (2, 2), "SAME").reshape(2, 3, 4, 6, 7)
 
     results = [
-        jax.value_and_grad(lambda x, f=f, pool=pool: (jnp.sin(pool(f(x)))).sum())(x)
-        for f, pool in (
-            (functools.partial(ours.apply, params), script.max_pool), (functools.partial(theirs.apply, same), pooled)
-        )
-    ]  # fmt: skip
+        jax.value_and_grad(lambda kernel, x, f=f: jnp.sin(f(kernel, x)).sum(), argnums=(0, 1))(kernel, x)
+        for f in (ours, theirs)
+    ]
     assert_close(*results, atol=1e-4)
 
 
