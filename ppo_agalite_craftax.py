@@ -233,7 +233,7 @@ class AGaLiTeAttention(nn.Module):
         # As published, the five kernels are parts of one orthogonal matrix (D, 5 H d).
         kernel = self.param("kernel", orthogonal(math.sqrt(2), column_axis=0), (D, 5, H * d))
         bias = self.param("bias", gates_bias_init, (5, H * d))
-        k, q, v, beta, gamma = ((x @ kernel[:, i] + bias[i]).reshape(T, B, H, d) for i in range(5))
+        k, q, v, beta, gamma = jnp.split((x @ kernel.reshape(D, -1) + bias.ravel()).reshape(T, B, 5 * H, d), 5, axis=2)
         p1, p2, p3 = jnp.moveaxis(dense(3 * H * e, name="p")(x).reshape(T, B, 3, H, e), 2, 0)  # (T, B, H, e) each
         k, q, p1, p2 = nn.relu(k), nn.relu(q), nn.relu(p1), nn.relu(p2)
         beta, gamma, p3 = nn.sigmoid(beta), nn.sigmoid(gamma), nn.sigmoid(p3)
