@@ -1,6 +1,7 @@
 """Mystery Path against recordings of Memory Gym (tests/record_mysterypath.py), its paths, and its frames."""
 
 import re
+import sys
 import zlib
 from functools import cache, partial
 from pathlib import Path
@@ -9,10 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import quick_jit
+from common import load as import_script
+from common import quick_jit, small_args
 
 from envs import mysterypath
 from envs.mysterypath import ENVIRONMENTS, FORWARD, NOOP, TURN_RIGHT, Draws, MysteryPath, Route, find_path, sample_draws
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.mysterypath_oracle import Seen, imitate, oracle  # noqa: E402
 
 IDS = list(ENVIRONMENTS)
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -351,3 +356,32 @@ def test_frames_show_a_fall():
     image = frame(fallen, action=FORWARD)
     assert count(image, mysterypath.BAD, PATH) and count(image, "#ff0000", VIEW)
     assert not count(image, mysterypath.BAD, OUTCOME)  # this action only brings it back
+
+
+# The oracle of benchmarks/mysterypath_oracle.py.
+
+
+def test_oracle_needs_no_second_fall_on_a_tile():
+    """It reaches the goal in all episodes and falls on each tile once at most: what it has seen, it remembers."""
+    params, seen = ENV.default_params, Seen.nothing()
+    play_step = quick_jit(lambda seen, state: ENV.step(None, state, oracle(seen, state), params))
+    for seed in range(5):
+        state = quick_jit(ENV.reset)(jax.random.key(seed), params)[1]
+        seen, falls, done = Seen.nothing().with_tile_of(state), [], False
+        while not done:
+            _, state, _, done, info = play_step(seen, state)
+            seen = seen.with_tile_of(state)
+            x, y = state.position // mysterypath.TILE
+            falls += [(int(x), int(y))] if state.off_path else []
+        assert info["success"] and len(falls) == len(set(falls)) == seen.beside.sum()
+        assert not (seen.beside & state.route.path).any() and not (seen.path & ~state.route.path).any()
+
+
+@pytest.mark.slow
+def test_agent_learns_to_imitate_the_oracle():
+    """Ten updates bring the cross-entropy down from that of four actions alike, log 4 = 1.39; their steps add up."""
+    script = import_script("ppo_agalite_mysterypath")
+    args = small_args(script, num_envs=16, num_minibatches=4, num_steps=32, total_timesteps=5120, learning_rate=3e-3)
+    steps, cross_entropy, returns, success = zip(*imitate(script, args), strict=True)
+    assert steps == tuple(range(512, 5121, 512)) and np.isfinite([*cross_entropy, *returns, *success]).all()
+    assert cross_entropy[-1] < 1.2 < cross_entropy[0]
