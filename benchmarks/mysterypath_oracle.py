@@ -161,4 +161,6 @@ def main(path: str = "", *flags: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1 and not Path(sys.argv[1]).name.startswith("ppo_"):
+        raise SystemExit(f"usage: {sys.argv[0]} [ppo_<model>_mysterypath.py [its flags]]")
     main(*sys.argv[1:])
