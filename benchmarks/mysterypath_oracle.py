@@ -51,7 +51,7 @@ class Seen(NamedTuple):
 
 
 def oracle(seen: Seen, state: EnvState) -> jax.Array:
-    """-> action () int32: the first on the cheapest way to the goal, if no unknown tile is beside the path."""
+    """-> action () int32: the first on the cheapest way to the goal, as if every unknown tile were on the path."""
     x, y = state.position // TILE
     cost = jnp.where(seen.beside, FAR, jnp.where(seen.path, 1.0, UNKNOWN))
     step_cost = lambda left: jnp.where(NEIGHBOURS == np.arange(TILES)[:, None], FAR, (cost + left)[NEIGHBOURS])
@@ -104,7 +104,7 @@ def imitate(script, args):
             params, state = runner.train_state.params, place_of(runner.env_state)
             logits, _, memory = agent.apply(params, runner.obs[None], runner.reset[None], runner.memory)
             action = jax.random.categorical(key, logits[0])
-            obs, env_state, _, done, info = env.step(key, runner.env_state, action, env.default_params)
+            obs, env_state, _, done, info = env.step(key, runner.env_state, action, env.default_params)  # not random
             data = runner.obs, runner.reset, jax.vmap(oracle)(seen, state), ~state.off_path
             runner = runner._replace(env_state=env_state, obs=obs, reset=done, memory=memory)
             seen = jax.tree.map(lambda new, old: jnp.where(done[:, None], new, old), nothing, seen)

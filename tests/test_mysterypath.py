@@ -363,7 +363,7 @@ def test_frames_show_a_fall():
 
 def test_oracle_needs_no_second_fall_on_a_tile():
     """It reaches the goal in all episodes and falls on each tile once at most: what it has seen, it remembers."""
-    params, seen = ENV.default_params, Seen.nothing()
+    params = ENV.default_params
     play_step = quick_jit(lambda seen, state: ENV.step(None, state, oracle(seen, state), params))
     for seed in range(5):
         state = quick_jit(ENV.reset)(jax.random.key(seed), params)[1]
