@@ -11,8 +11,7 @@ What to learn here: how to train with environments that are CPU processes. The r
 and learning are compiled (`host_rollout`, `act`, `learn_from`). A checkpoint holds the TrainState, but not the mazes.
 Model and learning are those of ppo_agalite_tmaze.py. To compare memories, `diff` this file with ppo_lstm_memorymaze.py.
 
-The published size, 100M steps, was not run. A small agent finds about one object per episode after 750k steps, 70
-minutes on one CPU core; a random policy finds 0.16 (docs/memorymaze.md).
+The defaults, 100M steps, were not run; docs/memorymaze.md has results of small agents on one CPU core.
 
 Axes, time first: T time steps, B environments, A actions, D d_model, H heads, d d_head, e eta, F cosines.
 """
@@ -70,7 +69,7 @@ class Args:
     env_id: str = "MemoryMaze-9x9-v0"  # name of the environment (also 11x11, 13x13, 15x15; 3 to 6 objects)
 
     # The model
-    num_channels: int = 16  # channels of the encoder's first convolution (of its first stage; the others: twice)
+    num_channels: int = 16  # channels of the encoder's first convolution (of its first stage; twice as many later)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
@@ -86,7 +85,7 @@ class Args:
     num_envs: int = 32  # parallel environments B (each is a process; Mystery Path: 128)
     num_steps: int = 128  # steps T of a rollout, and of backpropagation through time
     learning_rate: float = 2.5e-4  # of Adam
-    anneal_lr: bool = False  # decrease the learning rate to 0 (linearly, from update to update)
+    anneal_lr: bool = False  # decrease the learning rate linearly to 0, once per update
     adam_eps: float = 1e-8  # epsilon of Adam
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the advantages
@@ -99,12 +98,11 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 5.0  # gradients are clipped to this norm
 
-    critic_lambda = property(lambda self: self.gae_lambda)  # value targets use the same lambda (not on the T-Maze)
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
     def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreasing linearly from update to update."""
+        """The learning rate of gradient step `step`: constant, or decreased linearly, once per update."""
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates if self.anneal_lr else 1.0)
 
@@ -126,11 +124,9 @@ class Args:
 
 
 def make_env(args: Args, index: int = 0):
-    """-> a function that makes environment `index`. `Workers` calls it in a separate process.
-
-    All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
-    """
+    """-> a function that makes environment `index`. `Workers` calls it in a separate process."""
     steps = MAX_STEPS[args.env_id.split("-")[1]]
+    # All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
     make = functools.partial(gymnasium.make, f"envs.memorymaze:{args.env_id}", disable_env_checker=True)
     return functools.partial(make, first_episode_steps=first_steps)
@@ -149,7 +145,7 @@ class GRUGate(nn.Module):
     def __call__(self, x, y):
         D = x.shape[-1]
         kernels = lambda *names: jnp.concatenate([self.param(name, self.kernel_init, (D, D)) for name in names], axis=1)
-        bias = self.param("bias", constant(2.0), (D,))  # initially, sigmoid(-2) = 12% of y pass
+        bias = self.param("bias", constant(2.0), (D,))  # initially z is about sigmoid(-2) = 12%: most of x passes
         # One product with (D, 3D) is faster than three with (D, D).
         r_y, z_y, h_y = jnp.split(y @ kernels("Wr", "Wz", "Wg"), 3, axis=-1)  # (T, B, D) each
         r_x, z_x = jnp.split(x @ kernels("Ur", "Uz"), 2, axis=-1)
@@ -167,7 +163,7 @@ class LayerMemory(NamedTuple):
 
 
 class Memory(NamedTuple):
-    tick: jax.Array  # (B,) int32, the time t in cos(w t); as published, 2 at the first step of an episode
+    tick: jax.Array  # (B,) int32, the time t in cos(w t), modulo a period; as published, an episode starts at t = 2
     layers: tuple[LayerMemory, ...]
 
 
@@ -185,20 +181,20 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
 
     Time is cut into chunks of C steps. The forward pass keeps only the memory before each chunk; the backward pass
     computes a chunk again (jax.checkpoint). On a CPU a chunk is a loop over its steps, which fit into the cache. On a
-    GPU, starting the operations of a step takes longer than the work, so an associative scan computes a chunk at once.
+    GPU, to launch the kernels of a step takes longer than their work, so an associative scan computes a chunk at once.
     """
     on_cpu = jax.default_backend() == "cpu"
     T, C = len(k), min(len(k), 16 if on_cpu else 128)
     expand = functools.partial(jnp.einsum, "...e,...d->...ed")
 
-    def recurrence(state, decay, inflow):  # state_t = decay_t state_{t-1} + inflow_t -> on a GPU, all C states
+    def recurrence(state, decay, inflow):  # -> decay_t state_{t-1} + inflow_t; on a GPU, of all C steps
         if on_cpu:
             return decay * state + inflow
         # Two steps in a row are again such a step: a2 (a1 s + b1) + b2 = (a1 a2) s + (b1 a2 + b2).
         combine = lambda earlier, later: (earlier[0] * later[0], earlier[1] * later[0] + later[1])
         return jax.lax.associative_scan(combine, (decay, inflow.at[0].add(decay[0] * state)))[1]
 
-    def attend(memory, inputs):  # of one step on a CPU; on a GPU of a chunk, where all shapes begin with an axis C
+    def attend(memory, inputs):  # one step on a CPU; on a GPU a chunk, whose shapes start with an axis C
         reset, cos, k, q, v, beta, gamma, p1, p2, p3 = inputs
         keep = 1.0 - reset[..., None, None]  # (B, 1, 1)
         gamma = expand(p3, gamma)  # (B, H, e, d)
@@ -233,13 +229,12 @@ class AGaLiTeAttention(nn.Module):
 
         def gates_bias_init(key, shape):
             """Gates of 1 / (1 + s), with which values last for about s steps (Tallec and Ollivier 2018)."""
-            steps = jax.random.uniform(key, (2, H * d), minval=1.0, maxval=self.args.chrono_steps)
-            return jnp.zeros(shape).at[3:].set(-jnp.log(steps))
+            steps = jax.random.uniform(key, (2 * H * d,), minval=1.0, maxval=self.args.chrono_steps)  # beta, gamma
+            return jnp.zeros(shape).at[3 * H * d :].set(-jnp.log(steps))
 
-        # As published, the five kernels are parts of one orthogonal matrix (D, 5 H d).
-        kernel = self.param("kernel", orthogonal(math.sqrt(2), column_axis=0), (D, 5, H * d))
-        bias = self.param("bias", gates_bias_init, (5, H * d))
-        k, q, v, beta, gamma = jnp.split((x @ kernel.reshape(D, -1) + bias.ravel()).reshape(T, B, 5 * H, d), 5, axis=2)
+        kernel = self.param("kernel", orthogonal(math.sqrt(2)), (D, 5 * H * d))  # one orthogonal matrix, as published
+        bias = self.param("bias", gates_bias_init, (5 * H * d,))
+        k, q, v, beta, gamma = jnp.split((x @ kernel + bias).reshape(T, B, 5 * H, d), 5, axis=2)  # (T, B, H, d) each
         p1, p2, p3 = jnp.moveaxis(dense(3 * H * e, name="p")(x).reshape(T, B, 3, H, e), 2, 0)  # (T, B, H, e) each
         k, q, p1, p2 = nn.relu(k), nn.relu(q), nn.relu(p1), nn.relu(p2)
         beta, gamma, p3 = nn.sigmoid(beta), nn.sigmoid(gamma), nn.sigmoid(p3)
@@ -277,7 +272,7 @@ class AGaLiTe(nn.Module):
 
 
 class Conv3x3(nn.Module):
-    """A 3 x 3 convolution as one product: in a loop on a CPU, the gradients of XLA's convolutions are very slow."""
+    """A 3 x 3 convolution as a product, (..., H, W, C) -> (..., H, W, features). XLA's are slow in a loop on a CPU."""
 
     features: int
 
@@ -290,14 +285,14 @@ class Conv3x3(nn.Module):
         x = pad(x, (0, 0), (1, 1))
         rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C)
         if jax.default_backend() == "cpu":
-            rows = rows.reshape(-1, 3 * C)  # of a matrix, XLA computes the kernel's gradient twice as fast
+            rows = rows.reshape(-1, 3 * C)  # XLA computes the kernel's gradient twice as fast if these are a matrix
         y = (rows @ jnp.hstack(jnp.split(kernel, 3))).reshape(*shape, W, -1)  # (..., H, W, 3 features)
         down, here, up = jnp.split(y, 3, axis=-1)  # what a pixel adds below it, to itself, above it
         return pad(down[..., :-1, :, :], (1, 0), (0, 0)) + here + pad(up[..., 1:, :, :], (0, 1), (0, 0)) + bias
 
 
 def max_pool(x):
-    """The maximum of 3 x 3 windows with a stride of 2. (..., H, W, C) -> (..., H / 2, W / 2, C)."""
+    """Max-pooling, 3 x 3, stride 2: (..., H, W, C) -> (..., H / 2, W / 2, C). Gradients of Flax's are slow on a CPU."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, 1), (0, 1), (0, 0)], constant_values=-jnp.inf)
     x = functools.reduce(jnp.maximum, [x[..., i : x.shape[-3] - 2 + i : 2, :, :] for i in range(3)])
     return functools.reduce(jnp.maximum, [x[..., j : x.shape[-2] - 2 + j : 2, :] for j in range(3)])
@@ -386,7 +381,7 @@ def act(agent: nn.Module, params, greedy, key: jax.Array, obs, reset, memory):
 
 
 def begin_episodes(args: Args, envs, initial_memory, *purpose: int):
-    """Starts new episodes -> obs, reset, memory. purpose is 0 and the update to train, 1 to evaluate: other mazes."""
+    """Starts episodes -> obs, reset, memory. purpose selects the mazes: 0 and the update to train, 1 to evaluate."""
     seeds = np.random.SeedSequence([args.seed, *purpose]).generate_state(args.num_envs)
     obs, _ = envs.reset(seed=seeds.tolist())
     return obs, np.ones(args.num_envs, bool), initial_memory
@@ -406,8 +401,7 @@ def host_rollout(args: Args, envs, policy, current, key: jax.Array):
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset, memory = next_obs, done, next_memory
         if done.any():
-            shortened = infos["final_info"].get("staggered", np.zeros_like(done))
-            counts = done & ~shortened  # all episodes but those that make_env has shortened
+            counts = done & ~infos["final_info"].get("shortened", np.zeros_like(done))  # see make_env
             episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
     _, _, last_value, _ = policy(key, obs, reset, memory)  # its action is not used
     transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)
@@ -415,7 +409,7 @@ def host_rollout(args: Args, envs, policy, current, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, as published."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, without bootstrapping."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -429,7 +423,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on rollouts (T, G), recomputed from the memory before their first step -> loss, metrics."""
+    """PPO's clipped loss on the rollouts of a minibatch, recomputed from the memory before them -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -458,15 +452,15 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
     memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
-    Environments form G groups of M = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    Environments form G groups of K = num_minibatches neighbours, and a minibatch has one environment of each group. So
     if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
-    G, M = args.num_envs // args.num_minibatches, args.num_minibatches
-    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)
-    memory = jax.tree.map(lambda x: x.reshape(G, M, *x.shape[1:]), memory)
+    G, K = args.num_envs // args.num_minibatches, args.num_minibatches
+    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, K, *x.shape[2:]), batch)
+    memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, M, ...), (G,) -> (G, ...)
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] would move x
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -474,7 +468,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
         return train_state.apply_gradients(grads=grads), metrics | {"losses/grad_norm": optax.tree.norm(grads)}
 
     def epoch_step(train_state, key):
-        order = jax.vmap(lambda key: jax.random.permutation(key, M))(jax.random.split(key, G))  # (G, M)
+        order = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(key, G))  # (G, K)
         return jax.lax.scan(minibatch_step, train_state, order.T)
 
     train_state, metrics = jax.lax.scan(epoch_step, train_state, jax.random.split(key, args.update_epochs))
@@ -484,7 +478,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 def learn_from(args: Args, train_state: TrainState, key: jax.Array, start_memory, transitions: Transition, last_value):
     """The learning from one rollout -> train_state, metrics."""
     advantage = compute_gae(transitions, last_value, args.gamma, args.gae_lambda)
-    target = transitions.value + compute_gae(transitions, last_value, args.gamma, args.critic_lambda)
+    target = transitions.value + advantage
     new_train_state, metrics = learn(args, train_state, key, start_memory, (transitions, advantage, target))
     return new_train_state, metrics | {
         "charts/learning_rate": args.learning_rate_at(train_state.step),
@@ -504,16 +498,13 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
 
 
 def host_evaluate(args: Args, envs, initial_memory, policy) -> np.ndarray:
-    """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2).
-
-    The episodes that end first count. All are equally long here; otherwise this would favour short ones.
-    """
+    """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
     current, key, episodes = begin_episodes(args, envs, initial_memory, 1), jax.random.key(args.seed), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
         current, _, _, ended = host_rollout(args, envs, policy, current, rollout_key)
         episodes += ended
-    return np.array(episodes[: args.eval_episodes])
+    return np.array(episodes[: args.eval_episodes])  # the first to end: no bias, since all are equally long
 
 
 # ------------------------------------------------------------------------------------------------------------------ Run
@@ -561,7 +552,7 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
 def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.DictWriter:
     """Starts metrics.csv with the rows of an earlier part of the run. The old file stays until the new one is whole."""
     file = path.with_suffix(".new").open("w", buffering=1, newline="")  # written line by line
-    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns of the old rows alone
+    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns that only old rows have
     writer.writeheader()
     writer.writerows(earlier)
     path.with_suffix(".new").replace(path)
@@ -575,7 +566,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
-    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]
+    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
     bar = tqdm(initial=start * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log file
@@ -583,14 +574,14 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
-        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each
+        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, of S seeds
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}
             row |= {"elapsed": round(now - start_time, 1), "charts/SPS": round(num_seeds * steps / (now - update_time))}
             row |= {name: values[i] for name, values in metrics.items()}
             if bad := [name for name, value in row.items() if not np.isfinite(value)]:
-                raise SystemExit(f"\nUpdate {number}, seed {row['seed']}: {bad[0]} is not finite. It is not saved")
+                raise SystemExit(f"\nUpdate {number} is not saved: {bad[0]} of seed {row['seed']} is not finite")
             row |= {name: values[i] if row["charts/episodes"] else "" for name, values in outcomes.items()}
             if chief:
                 writer = writer or open_metrics(run_dir / "metrics.csv", list(row), earlier)
@@ -666,24 +657,23 @@ def main(args: Args) -> None:
         sharded = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
         replicated, by_env, by_time = sharded(), sharded("device"), sharded(None, "device")
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
-        shardings = replicated, replicated, replicated, by_env, by_env, by_env
-        act_jit = jax.jit(functools.partial(act, agent), in_shardings=shardings, out_shardings=by_env)
-        shardings = replicated, replicated, by_env, by_time, by_env
-        learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=shardings, out_shardings=replicated)
+        of_act, of_learn = (replicated,) * 3 + (by_env,) * 3, (replicated, replicated, by_env, by_time, by_env)
+        act_jit = jax.jit(functools.partial(act, agent), in_shardings=of_act, out_shardings=by_env)
+        learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=of_learn, out_shardings=replicated)
         init_jit = jax.jit(functools.partial(init_learner, args, envs, agent), out_shardings=replicated)
 
         print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
         train_state = init_jit(jax.random.key(args.seed))
         size = sum(x.size for x in jax.tree.leaves(train_state.params))
         print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
-        options = {"max_to_keep": 2, "enable_async_checkpointing": False, "read_only": args.evaluate != ""}
-        options = {"options": ocp.CheckpointManagerOptions(**options), "item_handlers": ocp.StandardCheckpointHandler()}
-        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", **options)
+        handler, read_only = ocp.StandardCheckpointHandler(), args.evaluate != ""
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, read_only=read_only)
+        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handler)
         start, train_state = restore(checkpoints, train_state) if existing else (0, train_state)
         if not args.evaluate:
             current = begin_episodes(args, envs, initial_memory, 0, start)
 
-            def update(train_state):
+            def update(train_state):  # a checkpoint cannot hold the mazes, so `current` is not part of its state
                 nonlocal current
                 current, *result = host_update(args, envs, act_jit, learn_jit, current, train_state)
                 return result
@@ -699,11 +689,9 @@ def main(args: Args) -> None:
         print(f"Results: {run_dir}")
     except MissingDependency as error:
         raise SystemExit(error) from None
-    except WorkerDied as error:
-        raise SystemExit(f'{error}. To continue: python {sys.argv[0]} --resume "{run_dir}"') from None
     except wandb.Error as error:
         raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
-    except OSError as error:
+    except (WorkerDied, OSError) as error:
         raise SystemExit(f"{error}. If {run_dir} has checkpoints, --resume continues from the newest") from None
 
 

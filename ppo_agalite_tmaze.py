@@ -6,7 +6,7 @@ The agent sees a cue at the start of a corridor. At the other end, 159 steps lat
 Its memory is AGaLiTe (Pramanik et al., TMLR 2024, arXiv 2310.15719); it is trained with PPO (Schulman et al. 2017).
 
 What to learn here:
-- how to train a memory with PPO: keep that of each rollout's start and learn from whole rollouts (`rollout`, `learn`);
+- how to train a memory with PPO: keep it from before each rollout, learn from whole rollouts (`rollout`, `learn`);
 - how to compute a gated linear attention cheaply (`gated_linear_attention`);
 - how two pure functions, `init` and `update`, give you many seeds, many devices and exact resume (`main`).
 
@@ -66,7 +66,7 @@ class Args:
     corridor_len: int = 160  # cells of the corridor, including the junction (published: 120 to 200)
     num_distractors: int = 6  # random observation bits
     max_episode_steps: int = 1000  # time limit; counts as the end of the episode, without bootstrapping, as published
-    logit_noise: float = 0.7  # exploration: noise added to the logits, drawn once per episode (published: 0)
+    logit_noise: float = 0.7  # exploration: scale of the noise on the logits, drawn once per episode (published: 0)
 
     # The model
     num_layers: int = 4  # transformer layers
@@ -85,7 +85,7 @@ class Args:
     num_envs: int = 32  # parallel environments B (published: 8)
     num_steps: int = 512  # steps T of a rollout, and of backpropagation through time (published: 256)
     learning_rate: float = 3e-3  # of Adam (published, for A2C: 1e-4)
-    anneal_lr: bool = True  # decrease the learning rate to 0 (linearly, from update to update; published: constant)
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0, once per update (published: constant)
     adam_eps: float = 1e-8  # epsilon of Adam
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.9  # lambda of the advantages (published: 0.95)
@@ -103,7 +103,7 @@ class Args:
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
     def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreasing linearly from update to update."""
+        """The learning rate of gradient step `step`: constant, or decreased linearly, once per update."""
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates if self.anneal_lr else 1.0)
 
@@ -125,7 +125,7 @@ class Args:
 
 def make_env(args: Args, num_envs: int) -> VectorEnv:
     env = EpisodeStatistics(TMaze(args.corridor_len, args.num_distractors, args.max_episode_steps))
-    return VectorEnv(AutoReset(EpisodeNoise(TimeAwareObservation(env), size=4, scale=args.logit_noise)), num_envs)
+    return VectorEnv(AutoReset(EpisodeNoise(TimeAwareObservation(env), scale=args.logit_noise)), num_envs)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Model
@@ -141,7 +141,7 @@ class GRUGate(nn.Module):
     def __call__(self, x, y):
         D = x.shape[-1]
         kernels = lambda *names: jnp.concatenate([self.param(name, self.kernel_init, (D, D)) for name in names], axis=1)
-        bias = self.param("bias", constant(2.0), (D,))  # initially, sigmoid(-2) = 12% of y pass
+        bias = self.param("bias", constant(2.0), (D,))  # initially z is about sigmoid(-2) = 12%: most of x passes
         # One product with (D, 3D) is faster than three with (D, D).
         r_y, z_y, h_y = jnp.split(y @ kernels("Wr", "Wz", "Wg"), 3, axis=-1)  # (T, B, D) each
         r_x, z_x = jnp.split(x @ kernels("Ur", "Uz"), 2, axis=-1)
@@ -159,7 +159,7 @@ class LayerMemory(NamedTuple):
 
 
 class Memory(NamedTuple):
-    tick: jax.Array  # (B,) int32, the time t in cos(w t); as published, 2 at the first step of an episode
+    tick: jax.Array  # (B,) int32, the time t in cos(w t), modulo a period; as published, an episode starts at t = 2
     layers: tuple[LayerMemory, ...]
 
 
@@ -177,20 +177,20 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
 
     Time is cut into chunks of C steps. The forward pass keeps only the memory before each chunk; the backward pass
     computes a chunk again (jax.checkpoint). On a CPU a chunk is a loop over its steps, which fit into the cache. On a
-    GPU, starting the operations of a step takes longer than the work, so an associative scan computes a chunk at once.
+    GPU, to launch the kernels of a step takes longer than their work, so an associative scan computes a chunk at once.
     """
     on_cpu = jax.default_backend() == "cpu"
     T, C = len(k), min(len(k), 16 if on_cpu else 128)
     expand = functools.partial(jnp.einsum, "...e,...d->...ed")
 
-    def recurrence(state, decay, inflow):  # state_t = decay_t state_{t-1} + inflow_t -> on a GPU, all C states
+    def recurrence(state, decay, inflow):  # -> decay_t state_{t-1} + inflow_t; on a GPU, of all C steps
         if on_cpu:
             return decay * state + inflow
         # Two steps in a row are again such a step: a2 (a1 s + b1) + b2 = (a1 a2) s + (b1 a2 + b2).
         combine = lambda earlier, later: (earlier[0] * later[0], earlier[1] * later[0] + later[1])
         return jax.lax.associative_scan(combine, (decay, inflow.at[0].add(decay[0] * state)))[1]
 
-    def attend(memory, inputs):  # of one step on a CPU; on a GPU of a chunk, where all shapes begin with an axis C
+    def attend(memory, inputs):  # one step on a CPU; on a GPU a chunk, whose shapes start with an axis C
         reset, cos, k, q, v, beta, gamma, p1, p2, p3 = inputs
         keep = 1.0 - reset[..., None, None]  # (B, 1, 1)
         gamma = expand(p3, gamma)  # (B, H, e, d)
@@ -225,13 +225,12 @@ class AGaLiTeAttention(nn.Module):
 
         def gates_bias_init(key, shape):
             """Gates of 1 / (1 + s), with which values last for about s steps (Tallec and Ollivier 2018)."""
-            steps = jax.random.uniform(key, (2, H * d), minval=1.0, maxval=self.args.chrono_steps)
-            return jnp.zeros(shape).at[3:].set(-jnp.log(steps))
+            steps = jax.random.uniform(key, (2 * H * d,), minval=1.0, maxval=self.args.chrono_steps)  # beta, gamma
+            return jnp.zeros(shape).at[3 * H * d :].set(-jnp.log(steps))
 
-        # As published, the five kernels are parts of one orthogonal matrix (D, 5 H d).
-        kernel = self.param("kernel", orthogonal(math.sqrt(2), column_axis=0), (D, 5, H * d))
-        bias = self.param("bias", gates_bias_init, (5, H * d))
-        k, q, v, beta, gamma = jnp.split((x @ kernel.reshape(D, -1) + bias.ravel()).reshape(T, B, 5 * H, d), 5, axis=2)
+        kernel = self.param("kernel", orthogonal(math.sqrt(2)), (D, 5 * H * d))  # one orthogonal matrix, as published
+        bias = self.param("bias", gates_bias_init, (5 * H * d,))
+        k, q, v, beta, gamma = jnp.split((x @ kernel + bias).reshape(T, B, 5 * H, d), 5, axis=2)  # (T, B, H, d) each
         p1, p2, p3 = jnp.moveaxis(dense(3 * H * e, name="p")(x).reshape(T, B, 3, H, e), 2, 0)  # (T, B, H, e) each
         k, q, p1, p2 = nn.relu(k), nn.relu(q), nn.relu(p1), nn.relu(p2)
         beta, gamma, p3 = nn.sigmoid(beta), nn.sigmoid(gamma), nn.sigmoid(p3)
@@ -291,7 +290,7 @@ class ActorCritic(nn.Module):
         actor, critic = nn.tanh(dense(self.args.d_actor)(x)), nn.tanh(dense(self.args.d_critic)(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.1))(actor) + noise  # (T, B, A)
         value = dense(1, bias_init=constant(self.args.initial_value))(critic)
-        value = value * (1 - self.args.gamma**steps_left)  # 0 at the time limit, where nothing follows
+        value = value * (1 - self.args.gamma**steps_left)  # n equal rewards are worth this share of endless ones
         return logits, value.squeeze(-1), memory  # (T, B, A), (T, B)
 
 
@@ -350,7 +349,7 @@ def rollout(args: Args, env, runner: RunnerState, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, as published."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, without bootstrapping."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -364,7 +363,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on rollouts (T, G), recomputed from the memory before their first step -> loss, metrics."""
+    """PPO's clipped loss on the rollouts of a minibatch, recomputed from the memory before them -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -393,15 +392,15 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
     memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
-    Environments form G groups of M = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    Environments form G groups of K = num_minibatches neighbours, and a minibatch has one environment of each group. So
     if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
-    G, M = args.num_envs // args.num_minibatches, args.num_minibatches
-    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)
-    memory = jax.tree.map(lambda x: x.reshape(G, M, *x.shape[1:]), memory)
+    G, K = args.num_envs // args.num_minibatches, args.num_minibatches
+    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, K, *x.shape[2:]), batch)
+    memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, M, ...), (G,) -> (G, ...)
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] would move x
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -409,7 +408,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
         return train_state.apply_gradients(grads=grads), metrics | {"losses/grad_norm": optax.tree.norm(grads)}
 
     def epoch_step(train_state, key):
-        order = jax.vmap(lambda key: jax.random.permutation(key, M))(jax.random.split(key, G))  # (G, M)
+        order = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(key, G))  # (G, K)
         return jax.lax.scan(minibatch_step, train_state, order.T)
 
     train_state, metrics = jax.lax.scan(epoch_step, train_state, jax.random.split(key, args.update_epochs))
@@ -512,7 +511,7 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
 def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.DictWriter:
     """Starts metrics.csv with the rows of an earlier part of the run. The old file stays until the new one is whole."""
     file = path.with_suffix(".new").open("w", buffering=1, newline="")  # written line by line
-    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns of the old rows alone
+    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns that only old rows have
     writer.writeheader()
     writer.writerows(earlier)
     path.with_suffix(".new").replace(path)
@@ -526,7 +525,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
-    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]
+    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
     bar = tqdm(initial=start * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log file
@@ -534,14 +533,14 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
-        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each
+        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, of S seeds
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}
             row |= {"elapsed": round(now - start_time, 1), "charts/SPS": round(num_seeds * steps / (now - update_time))}
             row |= {name: values[i] for name, values in metrics.items()}
             if bad := [name for name, value in row.items() if not np.isfinite(value)]:
-                raise SystemExit(f"\nUpdate {number}, seed {row['seed']}: {bad[0]} is not finite. It is not saved")
+                raise SystemExit(f"\nUpdate {number} is not saved: {bad[0]} of seed {row['seed']} is not finite")
             row |= {name: values[i] if row["charts/episodes"] else "" for name, values in outcomes.items()}
             if chief:
                 writer = writer or open_metrics(run_dir / "metrics.csv", list(row), earlier)
@@ -589,7 +588,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, E) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
-        # Over seeds if there are several, else over episodes. Names with a slash (Craftax's achievements) are too many.
+        # Intervals over seeds, or over the episodes of one seed. Craftax's achievements (with a slash) are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
         half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
         shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
@@ -625,20 +624,20 @@ def main(args: Args) -> None:
         runner = jax.jit(init_seeds, out_shardings=shardings[0])(args.seed + jnp.arange(args.num_seeds))
         size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))
         print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
-        options = {"max_to_keep": 2, "enable_async_checkpointing": False, "read_only": args.evaluate != ""}
-        options = {"options": ocp.CheckpointManagerOptions(**options), "item_handlers": ocp.StandardCheckpointHandler()}
-        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", **options)
+        handler, read_only = ocp.StandardCheckpointHandler(), args.evaluate != ""
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, read_only=read_only)
+        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handler)
         start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
         params = jax.jit(lambda x: x, out_shardings=shardings[1])(runner.train_state.params)  # whole on each device
         if chief:
-            params, quiet = jax.tree.map(np.asarray, params), dataclasses.replace(args, logit_noise=0.0)
+            params, no_noise = jax.tree.map(np.asarray, params), dataclasses.replace(args, logit_noise=0.0)
             plot_learning_curves(run_dir, headline)
-            report(args, make_env(quiet, args.eval_episodes), agent, params, run_dir, tracker)
+            report(args, make_env(no_noise, args.eval_episodes), agent, params, run_dir, tracker)
             if args.capture_video:
                 policy = functools.partial(agent.apply, jax.tree.map(lambda x: x[0], params))
-                record_video(make_env(quiet, 1), policy, agent.initial_memory(1), args.seed, run_dir / "episode.gif")
+                record_video(make_env(no_noise, 1), policy, agent.initial_memory(1), args.seed, run_dir / "episode.gif")
             print(f"Results: {run_dir}")
     except wandb.Error as error:
         raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None

@@ -11,7 +11,7 @@ What to learn here: how to train with environments that are CPU processes. The r
 and learning are compiled (`host_rollout`, `act`, `learn_from`). A checkpoint holds the TrainState, but not the mazes.
 Model and learning are those of ppo_gtrxl_tmaze.py. To compare memories, `diff` this file with ppo_lstm_memorymaze.py.
 
-The published size, 100M steps, was not run.
+The defaults, 100M steps, were not run.
 
 Axes, time first: T time steps, B environments, A actions, D d_model, H heads, d d_head, L layers, M memory_len.
 """
@@ -69,7 +69,7 @@ class Args:
     env_id: str = "MemoryMaze-9x9-v0"  # name of the environment (also 11x11, 13x13, 15x15; 3 to 6 objects)
 
     # The model
-    num_channels: int = 16  # channels of the encoder's first convolution (of its first stage; the others: twice)
+    num_channels: int = 16  # channels of the encoder's first convolution (of its first stage; twice as many later)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
@@ -82,7 +82,7 @@ class Args:
     num_envs: int = 32  # parallel environments B (each is a process; Mystery Path: 128)
     num_steps: int = 128  # steps T of a rollout, and of backpropagation through time
     learning_rate: float = 2.5e-4  # of Adam
-    anneal_lr: bool = False  # decrease the learning rate to 0 (linearly, from update to update)
+    anneal_lr: bool = False  # decrease the learning rate linearly to 0, once per update
     adam_eps: float = 1e-8  # epsilon of Adam
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the advantages
@@ -95,12 +95,11 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 5.0  # gradients are clipped to this norm
 
-    critic_lambda = property(lambda self: self.gae_lambda)  # value targets use the same lambda (not on the T-Maze)
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
     def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreasing linearly from update to update."""
+        """The learning rate of gradient step `step`: constant, or decreased linearly, once per update."""
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates if self.anneal_lr else 1.0)
 
@@ -118,17 +117,15 @@ class Args:
         if self.num_envs % self.num_minibatches:
             raise ValueError(f"--num-envs {self.num_envs}: not divisible by --num-minibatches {self.num_minibatches}")
         if self.d_model % 2:
-            raise ValueError(f"--d-model {self.d_model}: must be even, since half of a position vector are sines")
+            raise ValueError(f"--d-model {self.d_model}: must be even, since half of a position vector is sines")
         if self.env_id not in (known := [f"MemoryMaze-{size}-v0" for size in MAX_STEPS]):
             raise ValueError(f"--env-id {self.env_id}: must be one of {', '.join(known)}")
 
 
 def make_env(args: Args, index: int = 0):
-    """-> a function that makes environment `index`. `Workers` calls it in a separate process.
-
-    All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
-    """
+    """-> a function that makes environment `index`. `Workers` calls it in a separate process."""
     steps = MAX_STEPS[args.env_id.split("-")[1]]
+    # All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
     make = functools.partial(gymnasium.make, f"envs.memorymaze:{args.env_id}", disable_env_checker=True)
     return functools.partial(make, first_episode_steps=first_steps)
@@ -147,7 +144,7 @@ class GRUGate(nn.Module):
     def __call__(self, x, y):
         D = x.shape[-1]
         kernels = lambda *names: jnp.concatenate([self.param(name, self.kernel_init, (D, D)) for name in names], axis=1)
-        bias = self.param("bias", constant(2.0), (D,))  # initially, sigmoid(-2) = 12% of y pass
+        bias = self.param("bias", constant(2.0), (D,))  # initially z is about sigmoid(-2) = 12%: most of x passes
         # One product with (D, 3D) is faster than three with (D, D).
         r_y, z_y, h_y = jnp.split(y @ kernels("Wr", "Wz", "Wg"), 3, axis=-1)  # (T, B, D) each
         r_x, z_x = jnp.split(x @ kernels("Ur", "Uz"), 2, axis=-1)
@@ -174,8 +171,8 @@ def window_attention(q, k, v, content_bias, position_bias, positions, episode):
 
         score(i, j) = ((q_i + content_bias) . k_j + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
 
-    Inputs: q (T, B, H, d) of T steps; k and v (M + T, B, H, d) and episode (M + T, B), the number of a step's episode,
-    also of the M steps before them; the two biases (H, d); positions (M + 1, H, d) of the distances i - j = 0 to M.
+    Inputs: q (T, B, H, d). k and v (M + T, B, H, d) and episode (M + T, B), the number of each step's episode, start
+    with the M steps before. The two biases (H, d). positions (M + 1, H, d) of the distances i - j = 0 to M.
 
     Time is cut into N blocks of C steps. A block computes the scores of the M + C keys that any of its steps may see.
     """
@@ -249,7 +246,7 @@ class GTrXL(nn.Module):
 
 
 class Conv3x3(nn.Module):
-    """A 3 x 3 convolution as one product: in a loop on a CPU, the gradients of XLA's convolutions are very slow."""
+    """A 3 x 3 convolution as a product, (..., H, W, C) -> (..., H, W, features). XLA's are slow in a loop on a CPU."""
 
     features: int
 
@@ -262,14 +259,14 @@ class Conv3x3(nn.Module):
         x = pad(x, (0, 0), (1, 1))
         rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C)
         if jax.default_backend() == "cpu":
-            rows = rows.reshape(-1, 3 * C)  # of a matrix, XLA computes the kernel's gradient twice as fast
+            rows = rows.reshape(-1, 3 * C)  # XLA computes the kernel's gradient twice as fast if these are a matrix
         y = (rows @ jnp.hstack(jnp.split(kernel, 3))).reshape(*shape, W, -1)  # (..., H, W, 3 features)
         down, here, up = jnp.split(y, 3, axis=-1)  # what a pixel adds below it, to itself, above it
         return pad(down[..., :-1, :, :], (1, 0), (0, 0)) + here + pad(up[..., 1:, :, :], (0, 1), (0, 0)) + bias
 
 
 def max_pool(x):
-    """The maximum of 3 x 3 windows with a stride of 2. (..., H, W, C) -> (..., H / 2, W / 2, C)."""
+    """Max-pooling, 3 x 3, stride 2: (..., H, W, C) -> (..., H / 2, W / 2, C). Gradients of Flax's are slow on a CPU."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, 1), (0, 1), (0, 0)], constant_values=-jnp.inf)
     x = functools.reduce(jnp.maximum, [x[..., i : x.shape[-3] - 2 + i : 2, :, :] for i in range(3)])
     return functools.reduce(jnp.maximum, [x[..., j : x.shape[-2] - 2 + j : 2, :] for j in range(3)])
@@ -357,7 +354,7 @@ def act(agent: nn.Module, params, greedy, key: jax.Array, obs, reset, memory):
 
 
 def begin_episodes(args: Args, envs, initial_memory, *purpose: int):
-    """Starts new episodes -> obs, reset, memory. purpose is 0 and the update to train, 1 to evaluate: other mazes."""
+    """Starts episodes -> obs, reset, memory. purpose selects the mazes: 0 and the update to train, 1 to evaluate."""
     seeds = np.random.SeedSequence([args.seed, *purpose]).generate_state(args.num_envs)
     obs, _ = envs.reset(seed=seeds.tolist())
     return obs, np.ones(args.num_envs, bool), initial_memory
@@ -377,8 +374,7 @@ def host_rollout(args: Args, envs, policy, current, key: jax.Array):
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset, memory = next_obs, done, next_memory
         if done.any():
-            shortened = infos["final_info"].get("staggered", np.zeros_like(done))
-            counts = done & ~shortened  # all episodes but those that make_env has shortened
+            counts = done & ~infos["final_info"].get("shortened", np.zeros_like(done))  # see make_env
             episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
     _, _, last_value, _ = policy(key, obs, reset, memory)  # its action is not used
     transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)
@@ -386,7 +382,7 @@ def host_rollout(args: Args, envs, policy, current, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, as published."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, without bootstrapping."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -400,7 +396,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on rollouts (T, G), recomputed from the memory before their first step -> loss, metrics."""
+    """PPO's clipped loss on the rollouts of a minibatch, recomputed from the memory before them -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -429,15 +425,15 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
     memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
-    Environments form G groups of M = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    Environments form G groups of K = num_minibatches neighbours, and a minibatch has one environment of each group. So
     if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
-    G, M = args.num_envs // args.num_minibatches, args.num_minibatches
-    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)
-    memory = jax.tree.map(lambda x: x.reshape(G, M, *x.shape[1:]), memory)
+    G, K = args.num_envs // args.num_minibatches, args.num_minibatches
+    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, K, *x.shape[2:]), batch)
+    memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, M, ...), (G,) -> (G, ...)
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] would move x
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -445,7 +441,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
         return train_state.apply_gradients(grads=grads), metrics | {"losses/grad_norm": optax.tree.norm(grads)}
 
     def epoch_step(train_state, key):
-        order = jax.vmap(lambda key: jax.random.permutation(key, M))(jax.random.split(key, G))  # (G, M)
+        order = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(key, G))  # (G, K)
         return jax.lax.scan(minibatch_step, train_state, order.T)
 
     train_state, metrics = jax.lax.scan(epoch_step, train_state, jax.random.split(key, args.update_epochs))
@@ -455,7 +451,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 def learn_from(args: Args, train_state: TrainState, key: jax.Array, start_memory, transitions: Transition, last_value):
     """The learning from one rollout -> train_state, metrics."""
     advantage = compute_gae(transitions, last_value, args.gamma, args.gae_lambda)
-    target = transitions.value + compute_gae(transitions, last_value, args.gamma, args.critic_lambda)
+    target = transitions.value + advantage
     new_train_state, metrics = learn(args, train_state, key, start_memory, (transitions, advantage, target))
     return new_train_state, metrics | {
         "charts/learning_rate": args.learning_rate_at(train_state.step),
@@ -475,16 +471,13 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
 
 
 def host_evaluate(args: Args, envs, initial_memory, policy) -> np.ndarray:
-    """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2).
-
-    The episodes that end first count. All are equally long here; otherwise this would favour short ones.
-    """
+    """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
     current, key, episodes = begin_episodes(args, envs, initial_memory, 1), jax.random.key(args.seed), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
         current, _, _, ended = host_rollout(args, envs, policy, current, rollout_key)
         episodes += ended
-    return np.array(episodes[: args.eval_episodes])
+    return np.array(episodes[: args.eval_episodes])  # the first to end: no bias, since all are equally long
 
 
 # ------------------------------------------------------------------------------------------------------------------ Run
@@ -532,7 +525,7 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
 def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.DictWriter:
     """Starts metrics.csv with the rows of an earlier part of the run. The old file stays until the new one is whole."""
     file = path.with_suffix(".new").open("w", buffering=1, newline="")  # written line by line
-    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns of the old rows alone
+    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns that only old rows have
     writer.writeheader()
     writer.writerows(earlier)
     path.with_suffix(".new").replace(path)
@@ -546,7 +539,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
-    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]
+    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
     bar = tqdm(initial=start * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log file
@@ -554,14 +547,14 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
-        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each
+        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, of S seeds
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}
             row |= {"elapsed": round(now - start_time, 1), "charts/SPS": round(num_seeds * steps / (now - update_time))}
             row |= {name: values[i] for name, values in metrics.items()}
             if bad := [name for name, value in row.items() if not np.isfinite(value)]:
-                raise SystemExit(f"\nUpdate {number}, seed {row['seed']}: {bad[0]} is not finite. It is not saved")
+                raise SystemExit(f"\nUpdate {number} is not saved: {bad[0]} of seed {row['seed']} is not finite")
             row |= {name: values[i] if row["charts/episodes"] else "" for name, values in outcomes.items()}
             if chief:
                 writer = writer or open_metrics(run_dir / "metrics.csv", list(row), earlier)
@@ -637,24 +630,23 @@ def main(args: Args) -> None:
         sharded = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
         replicated, by_env, by_time = sharded(), sharded("device"), sharded(None, "device")
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
-        shardings = replicated, replicated, replicated, by_env, by_env, by_env
-        act_jit = jax.jit(functools.partial(act, agent), in_shardings=shardings, out_shardings=by_env)
-        shardings = replicated, replicated, by_env, by_time, by_env
-        learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=shardings, out_shardings=replicated)
+        of_act, of_learn = (replicated,) * 3 + (by_env,) * 3, (replicated, replicated, by_env, by_time, by_env)
+        act_jit = jax.jit(functools.partial(act, agent), in_shardings=of_act, out_shardings=by_env)
+        learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=of_learn, out_shardings=replicated)
         init_jit = jax.jit(functools.partial(init_learner, args, envs, agent), out_shardings=replicated)
 
         print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
         train_state = init_jit(jax.random.key(args.seed))
         size = sum(x.size for x in jax.tree.leaves(train_state.params))
         print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
-        options = {"max_to_keep": 2, "enable_async_checkpointing": False, "read_only": args.evaluate != ""}
-        options = {"options": ocp.CheckpointManagerOptions(**options), "item_handlers": ocp.StandardCheckpointHandler()}
-        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", **options)
+        handler, read_only = ocp.StandardCheckpointHandler(), args.evaluate != ""
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, read_only=read_only)
+        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handler)
         start, train_state = restore(checkpoints, train_state) if existing else (0, train_state)
         if not args.evaluate:
             current = begin_episodes(args, envs, initial_memory, 0, start)
 
-            def update(train_state):
+            def update(train_state):  # a checkpoint cannot hold the mazes, so `current` is not part of its state
                 nonlocal current
                 current, *result = host_update(args, envs, act_jit, learn_jit, current, train_state)
                 return result
@@ -670,11 +662,9 @@ def main(args: Args) -> None:
         print(f"Results: {run_dir}")
     except MissingDependency as error:
         raise SystemExit(error) from None
-    except WorkerDied as error:
-        raise SystemExit(f'{error}. To continue: python {sys.argv[0]} --resume "{run_dir}"') from None
     except wandb.Error as error:
         raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
-    except OSError as error:
+    except (WorkerDied, OSError) as error:
         raise SystemExit(f"{error}. If {run_dir} has checkpoints, --resume continues from the newest") from None
 
 

@@ -80,7 +80,7 @@ class Args:
     num_envs: int = 128  # parallel environments B
     num_steps: int = 128  # steps T of a rollout, and of backpropagation through time
     learning_rate: float = 2.5e-4  # of Adam
-    anneal_lr: bool = False  # decrease the learning rate to 0 (linearly, from update to update)
+    anneal_lr: bool = False  # decrease the learning rate linearly to 0, once per update
     adam_eps: float = 1e-8  # epsilon of Adam
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the advantages
@@ -98,7 +98,7 @@ class Args:
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
     def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreasing linearly from update to update."""
+        """The learning rate of gradient step `step`: constant, or decreased linearly, once per update."""
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates if self.anneal_lr else 1.0)
 
@@ -116,7 +116,7 @@ class Args:
         if self.num_envs % self.num_minibatches:
             raise ValueError(f"--num-envs {self.num_envs}: not divisible by --num-minibatches {self.num_minibatches}")
         if self.d_model % 2:
-            raise ValueError(f"--d-model {self.d_model}: must be even, since half of a position vector are sines")
+            raise ValueError(f"--d-model {self.d_model}: must be even, since half of a position vector is sines")
         make_env(self, 1)  # checks its own arguments
 
 
@@ -139,7 +139,7 @@ class GRUGate(nn.Module):
     def __call__(self, x, y):
         D = x.shape[-1]
         kernels = lambda *names: jnp.concatenate([self.param(name, self.kernel_init, (D, D)) for name in names], axis=1)
-        bias = self.param("bias", constant(2.0), (D,))  # initially, sigmoid(-2) = 12% of y pass
+        bias = self.param("bias", constant(2.0), (D,))  # initially z is about sigmoid(-2) = 12%: most of x passes
         # One product with (D, 3D) is faster than three with (D, D).
         r_y, z_y, h_y = jnp.split(y @ kernels("Wr", "Wz", "Wg"), 3, axis=-1)  # (T, B, D) each
         r_x, z_x = jnp.split(x @ kernels("Ur", "Uz"), 2, axis=-1)
@@ -166,8 +166,8 @@ def window_attention(q, k, v, content_bias, position_bias, positions, episode):
 
         score(i, j) = ((q_i + content_bias) . k_j + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
 
-    Inputs: q (T, B, H, d) of T steps; k and v (M + T, B, H, d) and episode (M + T, B), the number of a step's episode,
-    also of the M steps before them; the two biases (H, d); positions (M + 1, H, d) of the distances i - j = 0 to M.
+    Inputs: q (T, B, H, d). k and v (M + T, B, H, d) and episode (M + T, B), the number of each step's episode, start
+    with the M steps before. The two biases (H, d). positions (M + 1, H, d) of the distances i - j = 0 to M.
 
     Time is cut into N blocks of C steps. A block computes the scores of the M + C keys that any of its steps may see.
     """
@@ -350,7 +350,7 @@ def rollout(args: Args, env, runner: RunnerState, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, as published."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, without bootstrapping."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -364,7 +364,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on rollouts (T, G), recomputed from the memory before their first step -> loss, metrics."""
+    """PPO's clipped loss on the rollouts of a minibatch, recomputed from the memory before them -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -393,15 +393,15 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
     memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
-    Environments form G groups of M = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    Environments form G groups of K = num_minibatches neighbours, and a minibatch has one environment of each group. So
     if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
-    G, M = args.num_envs // args.num_minibatches, args.num_minibatches
-    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)
-    memory = jax.tree.map(lambda x: x.reshape(G, M, *x.shape[1:]), memory)
+    G, K = args.num_envs // args.num_minibatches, args.num_minibatches
+    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, K, *x.shape[2:]), batch)
+    memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, M, ...), (G,) -> (G, ...)
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] would move x
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -409,7 +409,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
         return train_state.apply_gradients(grads=grads), metrics | {"losses/grad_norm": optax.tree.norm(grads)}
 
     def epoch_step(train_state, key):
-        order = jax.vmap(lambda key: jax.random.permutation(key, M))(jax.random.split(key, G))  # (G, M)
+        order = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(key, G))  # (G, K)
         return jax.lax.scan(minibatch_step, train_state, order.T)
 
     train_state, metrics = jax.lax.scan(epoch_step, train_state, jax.random.split(key, args.update_epochs))
@@ -512,7 +512,7 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
 def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.DictWriter:
     """Starts metrics.csv with the rows of an earlier part of the run. The old file stays until the new one is whole."""
     file = path.with_suffix(".new").open("w", buffering=1, newline="")  # written line by line
-    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns of the old rows alone
+    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns that only old rows have
     writer.writeheader()
     writer.writerows(earlier)
     path.with_suffix(".new").replace(path)
@@ -526,7 +526,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
-    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]
+    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
     bar = tqdm(initial=start * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log file
@@ -534,14 +534,14 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
-        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each
+        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, of S seeds
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}
             row |= {"elapsed": round(now - start_time, 1), "charts/SPS": round(num_seeds * steps / (now - update_time))}
             row |= {name: values[i] for name, values in metrics.items()}
             if bad := [name for name, value in row.items() if not np.isfinite(value)]:
-                raise SystemExit(f"\nUpdate {number}, seed {row['seed']}: {bad[0]} is not finite. It is not saved")
+                raise SystemExit(f"\nUpdate {number} is not saved: {bad[0]} of seed {row['seed']} is not finite")
             row |= {name: values[i] if row["charts/episodes"] else "" for name, values in outcomes.items()}
             if chief:
                 writer = writer or open_metrics(run_dir / "metrics.csv", list(row), earlier)
@@ -589,7 +589,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, E) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
-        # Over seeds if there are several, else over episodes. Names with a slash (Craftax's achievements) are too many.
+        # Intervals over seeds, or over the episodes of one seed. Craftax's achievements (with a slash) are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
         half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
         shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
@@ -627,9 +627,9 @@ def main(args: Args) -> None:
         runner = jax.jit(init_seeds, out_shardings=shardings[0])(args.seed + jnp.arange(args.num_seeds))
         size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))
         print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
-        options = {"max_to_keep": 2, "enable_async_checkpointing": False, "read_only": args.evaluate != ""}
-        options = {"options": ocp.CheckpointManagerOptions(**options), "item_handlers": ocp.StandardCheckpointHandler()}
-        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", **options)
+        handler, read_only = ocp.StandardCheckpointHandler(), args.evaluate != ""
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, read_only=read_only)
+        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handler)
         start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)

@@ -70,7 +70,7 @@ class Args:
     env_id: str = "MemoryMaze-9x9-v0"  # name of the environment (also 11x11, 13x13, 15x15; 3 to 6 objects)
 
     # The model
-    num_channels: int = 16  # channels of the encoder's first convolution (of its first stage; the others: twice)
+    num_channels: int = 16  # channels of the encoder's first convolution (of its first stage; twice as many later)
     hidden_size: int = 600  # features D of the recurrent cell
     d_actor: int = 256  # hidden width of the policy head
     d_critic: int = 256  # hidden width of the value head
@@ -79,7 +79,7 @@ class Args:
     num_envs: int = 32  # parallel environments B (each is a process; Mystery Path: 128)
     num_steps: int = 128  # steps T of a rollout, and of backpropagation through time
     learning_rate: float = 2.5e-4  # of Adam
-    anneal_lr: bool = False  # decrease the learning rate to 0 (linearly, from update to update)
+    anneal_lr: bool = False  # decrease the learning rate linearly to 0, once per update
     adam_eps: float = 1e-8  # epsilon of Adam
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the advantages
@@ -92,12 +92,11 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 5.0  # gradients are clipped to this norm
 
-    critic_lambda = property(lambda self: self.gae_lambda)  # value targets use the same lambda (not on the T-Maze)
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
     def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreasing linearly from update to update."""
+        """The learning rate of gradient step `step`: constant, or decreased linearly, once per update."""
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates if self.anneal_lr else 1.0)
 
@@ -119,11 +118,9 @@ class Args:
 
 
 def make_env(args: Args, index: int = 0):
-    """-> a function that makes environment `index`. `Workers` calls it in a separate process.
-
-    All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
-    """
+    """-> a function that makes environment `index`. `Workers` calls it in a separate process."""
     steps = MAX_STEPS[args.env_id.split("-")[1]]
+    # All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
     make = functools.partial(gymnasium.make, f"envs.memorymaze:{args.env_id}", disable_env_checker=True)
     return functools.partial(make, first_episode_steps=first_steps)
@@ -137,9 +134,8 @@ def over_time(cell, kernel, bias, of_x, reset, memory):
     """Steps a cell through time -> its outputs h (T, B, D), memory after the last step.
 
     cell(of_x, of_h, memory) -> memory, where of_x and of_h = h @ kernel + bias are (B, N). The memory is a tuple of
-    arrays (B, D), the last of them is the output h. kernel (D, N), bias (N,), of_x (T, B, N), reset (T, B).
-    The gradient of the kernel is one product after the loop: with few environments on a CPU, adding to it in every step
-    would take half of the time (docs/speed.md).
+    arrays (B, D); the last one is the output h. kernel (D, N), bias (N,), of_x (T, B, N), reset (T, B).
+    The kernel's gradient is one product after the loop: twice as fast with few environments on a CPU (docs/speed.md).
     """
 
     def loop(kernel, bias, of_x, reset, memory):
@@ -180,15 +176,15 @@ class LSTM(nn.Module):
             c = nn.sigmoid(f) * memory[0] + nn.sigmoid(i) * nn.tanh(g)
             return c, nn.sigmoid(o) * nn.tanh(c)
 
-        D, init = self.hidden_size, orthogonal(math.sqrt(2))  # each gate has an orthogonal kernel of its own
+        D, kernel_init = self.hidden_size, orthogonal(math.sqrt(2))  # of each gate
         of_x = jnp.concatenate([dense(D, use_bias=False)(x) for _ in range(4)], axis=-1)  # (T, B, 4 D)
-        kernel = jnp.hstack([self.param(f"kernel_{gate}", init, (D, D)) for gate in "ifgo"])  # (D, 4 D)
+        kernel = jnp.hstack([self.param(f"kernel_{gate}", kernel_init, (D, D)) for gate in "ifgo"])  # (D, 4 D)
         bias = self.param("bias", constant(0.0), (4 * D,))
         return over_time(cell, kernel, bias, of_x, reset, memory)
 
 
 class Conv3x3(nn.Module):
-    """A 3 x 3 convolution as one product: in a loop on a CPU, the gradients of XLA's convolutions are very slow."""
+    """A 3 x 3 convolution as a product, (..., H, W, C) -> (..., H, W, features). XLA's are slow in a loop on a CPU."""
 
     features: int
 
@@ -201,14 +197,14 @@ class Conv3x3(nn.Module):
         x = pad(x, (0, 0), (1, 1))
         rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C)
         if jax.default_backend() == "cpu":
-            rows = rows.reshape(-1, 3 * C)  # of a matrix, XLA computes the kernel's gradient twice as fast
+            rows = rows.reshape(-1, 3 * C)  # XLA computes the kernel's gradient twice as fast if these are a matrix
         y = (rows @ jnp.hstack(jnp.split(kernel, 3))).reshape(*shape, W, -1)  # (..., H, W, 3 features)
         down, here, up = jnp.split(y, 3, axis=-1)  # what a pixel adds below it, to itself, above it
         return pad(down[..., :-1, :, :], (1, 0), (0, 0)) + here + pad(up[..., 1:, :, :], (0, 1), (0, 0)) + bias
 
 
 def max_pool(x):
-    """The maximum of 3 x 3 windows with a stride of 2. (..., H, W, C) -> (..., H / 2, W / 2, C)."""
+    """Max-pooling, 3 x 3, stride 2: (..., H, W, C) -> (..., H / 2, W / 2, C). Gradients of Flax's are slow on a CPU."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, 1), (0, 1), (0, 0)], constant_values=-jnp.inf)
     x = functools.reduce(jnp.maximum, [x[..., i : x.shape[-3] - 2 + i : 2, :, :] for i in range(3)])
     return functools.reduce(jnp.maximum, [x[..., j : x.shape[-2] - 2 + j : 2, :] for j in range(3)])
@@ -295,7 +291,7 @@ def act(agent: nn.Module, params, greedy, key: jax.Array, obs, reset, memory):
 
 
 def begin_episodes(args: Args, envs, initial_memory, *purpose: int):
-    """Starts new episodes -> obs, reset, memory. purpose is 0 and the update to train, 1 to evaluate: other mazes."""
+    """Starts episodes -> obs, reset, memory. purpose selects the mazes: 0 and the update to train, 1 to evaluate."""
     seeds = np.random.SeedSequence([args.seed, *purpose]).generate_state(args.num_envs)
     obs, _ = envs.reset(seed=seeds.tolist())
     return obs, np.ones(args.num_envs, bool), initial_memory
@@ -315,8 +311,7 @@ def host_rollout(args: Args, envs, policy, current, key: jax.Array):
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset, memory = next_obs, done, next_memory
         if done.any():
-            shortened = infos["final_info"].get("staggered", np.zeros_like(done))
-            counts = done & ~shortened  # all episodes but those that make_env has shortened
+            counts = done & ~infos["final_info"].get("shortened", np.zeros_like(done))  # see make_env
             episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
     _, _, last_value, _ = policy(key, obs, reset, memory)  # its action is not used
     transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)
@@ -324,7 +319,7 @@ def host_rollout(args: Args, envs, policy, current, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, as published."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, without bootstrapping."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -338,7 +333,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on rollouts (T, G), recomputed from the memory before their first step -> loss, metrics."""
+    """PPO's clipped loss on the rollouts of a minibatch, recomputed from the memory before them -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -367,15 +362,15 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
     memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
-    Environments form G groups of M = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    Environments form G groups of K = num_minibatches neighbours, and a minibatch has one environment of each group. So
     if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
-    G, M = args.num_envs // args.num_minibatches, args.num_minibatches
-    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, M, *x.shape[2:]), batch)
-    memory = jax.tree.map(lambda x: x.reshape(G, M, *x.shape[1:]), memory)
+    G, K = args.num_envs // args.num_minibatches, args.num_minibatches
+    batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, K, *x.shape[2:]), batch)
+    memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, M, ...), (G,) -> (G, ...)
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] would move x
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -383,7 +378,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
         return train_state.apply_gradients(grads=grads), metrics | {"losses/grad_norm": optax.tree.norm(grads)}
 
     def epoch_step(train_state, key):
-        order = jax.vmap(lambda key: jax.random.permutation(key, M))(jax.random.split(key, G))  # (G, M)
+        order = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(key, G))  # (G, K)
         return jax.lax.scan(minibatch_step, train_state, order.T)
 
     train_state, metrics = jax.lax.scan(epoch_step, train_state, jax.random.split(key, args.update_epochs))
@@ -393,7 +388,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 def learn_from(args: Args, train_state: TrainState, key: jax.Array, start_memory, transitions: Transition, last_value):
     """The learning from one rollout -> train_state, metrics."""
     advantage = compute_gae(transitions, last_value, args.gamma, args.gae_lambda)
-    target = transitions.value + compute_gae(transitions, last_value, args.gamma, args.critic_lambda)
+    target = transitions.value + advantage
     new_train_state, metrics = learn(args, train_state, key, start_memory, (transitions, advantage, target))
     return new_train_state, metrics | {
         "charts/learning_rate": args.learning_rate_at(train_state.step),
@@ -413,16 +408,13 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
 
 
 def host_evaluate(args: Args, envs, initial_memory, policy) -> np.ndarray:
-    """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2).
-
-    The episodes that end first count. All are equally long here; otherwise this would favour short ones.
-    """
+    """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
     current, key, episodes = begin_episodes(args, envs, initial_memory, 1), jax.random.key(args.seed), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
         current, _, _, ended = host_rollout(args, envs, policy, current, rollout_key)
         episodes += ended
-    return np.array(episodes[: args.eval_episodes])
+    return np.array(episodes[: args.eval_episodes])  # the first to end: no bias, since all are equally long
 
 
 # ------------------------------------------------------------------------------------------------------------------ Run
@@ -470,7 +462,7 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
 def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.DictWriter:
     """Starts metrics.csv with the rows of an earlier part of the run. The old file stays until the new one is whole."""
     file = path.with_suffix(".new").open("w", buffering=1, newline="")  # written line by line
-    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns of the old rows alone
+    writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns that only old rows have
     writer.writeheader()
     writer.writerows(earlier)
     path.with_suffix(".new").replace(path)
@@ -484,7 +476,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
-    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]
+    earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
     bar = tqdm(initial=start * steps, total=args.num_updates * steps, unit="step", unit_scale=True, disable=not chief)
     bar.mininterval = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of a log file
@@ -492,14 +484,14 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
-        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each
+        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, of S seeds
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}
             row |= {"elapsed": round(now - start_time, 1), "charts/SPS": round(num_seeds * steps / (now - update_time))}
             row |= {name: values[i] for name, values in metrics.items()}
             if bad := [name for name, value in row.items() if not np.isfinite(value)]:
-                raise SystemExit(f"\nUpdate {number}, seed {row['seed']}: {bad[0]} is not finite. It is not saved")
+                raise SystemExit(f"\nUpdate {number} is not saved: {bad[0]} of seed {row['seed']} is not finite")
             row |= {name: values[i] if row["charts/episodes"] else "" for name, values in outcomes.items()}
             if chief:
                 writer = writer or open_metrics(run_dir / "metrics.csv", list(row), earlier)
@@ -575,24 +567,23 @@ def main(args: Args) -> None:
         sharded = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
         replicated, by_env, by_time = sharded(), sharded("device"), sharded(None, "device")
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
-        shardings = replicated, replicated, replicated, by_env, by_env, by_env
-        act_jit = jax.jit(functools.partial(act, agent), in_shardings=shardings, out_shardings=by_env)
-        shardings = replicated, replicated, by_env, by_time, by_env
-        learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=shardings, out_shardings=replicated)
+        of_act, of_learn = (replicated,) * 3 + (by_env,) * 3, (replicated, replicated, by_env, by_time, by_env)
+        act_jit = jax.jit(functools.partial(act, agent), in_shardings=of_act, out_shardings=by_env)
+        learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=of_learn, out_shardings=replicated)
         init_jit = jax.jit(functools.partial(init_learner, args, envs, agent), out_shardings=replicated)
 
         print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
         train_state = init_jit(jax.random.key(args.seed))
         size = sum(x.size for x in jax.tree.leaves(train_state.params))
         print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
-        options = {"max_to_keep": 2, "enable_async_checkpointing": False, "read_only": args.evaluate != ""}
-        options = {"options": ocp.CheckpointManagerOptions(**options), "item_handlers": ocp.StandardCheckpointHandler()}
-        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", **options)
+        handler, read_only = ocp.StandardCheckpointHandler(), args.evaluate != ""
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, read_only=read_only)
+        checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handler)
         start, train_state = restore(checkpoints, train_state) if existing else (0, train_state)
         if not args.evaluate:
             current = begin_episodes(args, envs, initial_memory, 0, start)
 
-            def update(train_state):
+            def update(train_state):  # a checkpoint cannot hold the mazes, so `current` is not part of its state
                 nonlocal current
                 current, *result = host_update(args, envs, act_jit, learn_jit, current, train_state)
                 return result
@@ -608,11 +599,9 @@ def main(args: Args) -> None:
         print(f"Results: {run_dir}")
     except MissingDependency as error:
         raise SystemExit(error) from None
-    except WorkerDied as error:
-        raise SystemExit(f'{error}. To continue: python {sys.argv[0]} --resume "{run_dir}"') from None
     except wandb.Error as error:
         raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
-    except OSError as error:
+    except (WorkerDied, OSError) as error:
         raise SystemExit(f"{error}. If {run_dir} has checkpoints, --resume continues from the newest") from None
 
 

@@ -324,7 +324,7 @@ class Renderer:
 
     def _context(self, model):
         model.vis.global_.offwidth = model.vis.global_.offheight = self.side
-        model.vis.quality.shadowsize = 0  # no light casts one, but it would take 64 MB, as in the package
+        model.vis.quality.shadowsize = 0  # no light casts shadows; the package's unused map of them takes 64 MB
         context = self.mujoco.MjrContext(model, self.mujoco.mjtFontScale.mjFONTSCALE_50)
         self.mujoco.mjr_setBuffer(self.mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
         return context
@@ -362,7 +362,7 @@ class MemoryMaze(gymnasium.Env):
 
     render() gives a larger image of the agent's view, and beside it the maze from above. It has no side effects.
 
-    size: a key of MAX_STEPS. first_episode_steps: length of the very first episode, which then ends with "staggered":
+    size: a key of MAX_STEPS. first_episode_steps: length of the very first episode, which then ends with "shortened":
     True in its last info. It is for vector environments: all episodes have the same length, so without it all
     environments would reset in the same step.
 
@@ -409,7 +409,7 @@ class MemoryMaze(gymnasium.Env):
         truncated = self.steps == MAX_STEPS[self.size]
         info = {}
         if self.is_first and self.steps == self.first_episode_steps and not truncated:
-            truncated, info = True, {"staggered": True}
+            truncated, info = True, {"shortened": True}
         return self._observe(), reward, False, truncated, info
 
     def _start_building(self, number: int):

@@ -42,10 +42,9 @@ class Workers(AsyncVectorEnv):
     That step returns the new episode's first observation. The last observation and info of the old episode are in
     info["final_obs"] and info["final_info"] (AutoresetMode.SAME_STEP).
 
-    A worker ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it. Any method raises WorkerDied
-    if a worker has died, in one sentence with its number, its process and the reason, and WorkerFailed, in one sentence
-    too, if an environment raised an exception. After either, only close() can be called.
-    A worker that never answers still makes it hang.
+    A worker ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it. If a worker has died, any
+    method raises WorkerDied; if an environment raised an exception, WorkerFailed. Both say in one sentence which worker
+    and why. After either, only close() can be called. If a worker never answers, methods wait for it forever.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env]]):
@@ -66,7 +65,7 @@ class Workers(AsyncVectorEnv):
         # A spawned process imports the program's main module again, and with it JAX: seconds and hundreds of megabytes
         # for each worker. So let there be a main module of which it finds no file.
         self._set(sys.modules, "__main__", types.ModuleType("__main__"))
-        # Libraries start threads for all cores when they are loaded. A worker is to use one.
+        # Libraries start threads for all cores when they are loaded. A worker should use one.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             self._set(os.environ, name, os.environ.get(name, "1"))
         # Ctrl-C goes to all processes of a terminal, a scheduler's SIGTERM often to all of a job. The parent may have
@@ -80,7 +79,7 @@ class Workers(AsyncVectorEnv):
         self._starting.callback(*undo)
         mapping[key] = value
 
-    def _check_spaces(self):  # the last that AsyncVectorEnv.__init__ does: all have been started
+    def _check_spaces(self):  # AsyncVectorEnv.__init__ calls this last, when all workers have been started
         self._starting.close()
         with self._watching():
             super()._check_spaces()

@@ -104,15 +104,17 @@ class EpisodeNoiseState(NamedTuple):
 
 
 class EpisodeNoise(Wrapper):
-    """Puts `size` normal random numbers, drawn once per episode, in front of each observation; `scale` is their spread.
+    """Puts normal random numbers, one per action, drawn once per episode, in front of each observation.
+
+    scale is their standard deviation.
 
     A policy that adds them to its logits explores in the same direction for a whole episode (compare Plappert et al.,
     "Parameter Space Noise for Exploration", ICLR 2018). Since they are observed, learning recomputes the same logits.
     """
 
-    def __init__(self, env, size: int, scale: float):
+    def __init__(self, env, scale: float):
         super().__init__(env)
-        self.size, self.scale = size, scale
+        self.size, self.scale = env.action_space(env.default_params).n, scale
 
     def observation_space(self, params):
         inner = self.env.observation_space(params)

@@ -67,7 +67,7 @@ def attention(p, u, t, state, sizes, xp):
     H, d, e, r = sizes
     B = len(u)
     K, V, s = state
-    k, q, v, beta, gamma = ((u @ p["kernel"][:, i] + p["bias"][i]).reshape(B, H, d) for i in range(5))
+    k, q, v, beta, gamma = (x.reshape(B, H, d) for x in xp.split(dense(p, u), 5, axis=-1))
     p1, p2, p3 = (x.reshape(B, H, e) for x in xp.split(dense(p["p"], u), 3, axis=-1))
     relu = lambda x: xp.maximum(x, 0)
     key, query = outer(relu(p1), relu(k)), outer(relu(p2), relu(q))

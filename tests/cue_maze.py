@@ -39,7 +39,7 @@ class CueMaze(gymnasium.Env):
         reward = float(self.time == STEPS - 1 and action % 2 == self.cue)
         self.time += 1
         shortened = self.time == self.limit < STEPS
-        return self.observe(), reward, False, self.time == self.limit, {"staggered": True} if shortened else {}
+        return self.observe(), reward, False, self.time == self.limit, {"shortened": True} if shortened else {}
 
     def render(self):
         return np.repeat(np.repeat(self.observe(), 8, axis=0), 8, axis=1)

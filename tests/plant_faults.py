@@ -91,10 +91,10 @@ FAULTS = {
     "the entropy bonus is a penalty": (TMAZE, "policy_loss - args.ent_coef", "policy_loss + args.ent_coef", PPO),
     "advantages keep their mean": (TMAZE, "(advantage - advantage.mean())", "advantage", PPO),
     "a minibatch has the memory of other environments": (
-        TMAZE, "lambda x: choose(x, chosen), memory)", "lambda x: choose(x, (chosen + 1) % M), memory)", PPO
+        TMAZE, "lambda x: choose(x, chosen), memory)", "lambda x: choose(x, (chosen + 1) % K), memory)", PPO
     ),
     "a minibatch has environments twice": (
-        TMAZE, "jax.random.permutation(key, M)", "jax.random.randint(key, (M,), 0, M)", PPO
+        TMAZE, "jax.random.permutation(key, K)", "jax.random.randint(key, (K,), 0, K)", PPO
     ),
     "the learning rate is not annealed": (
         TMAZE, "* (1 - update / self.num_updates if self.anneal_lr else 1.0)", "", PPO

@@ -45,8 +45,8 @@ def authors_params(z, args) -> dict:
         g = lambda name, i=i: z[f"params/layer{i + 1}/{name}"]
         fused, p, project = (f"AttentionORLiTLayer_0/{n}" for n in ("linear_kqvbetagammas", "linear_p1p2p3", "project"))
         params[f"AGaLiTeAttention_{i}"] = {
-            "kernel": g(f"{fused}/kernel").reshape(D, H, 5, d).transpose(0, 2, 1, 3).reshape(D, 5, H * d),
-            "bias": g(f"{fused}/bias").reshape(H, 5, d).transpose(1, 0, 2).reshape(5, H * d),
+            "kernel": g(f"{fused}/kernel").reshape(D, H, 5, d).transpose(0, 2, 1, 3).reshape(D, 5 * H * d),
+            "bias": g(f"{fused}/bias").reshape(H, 5, d).transpose(1, 0, 2).reshape(5 * H * d),
             "p": {
                 "kernel": g(f"{p}/kernel").reshape(D, H, 3, e).transpose(0, 2, 1, 3).reshape(D, -1),
                 "bias": g(f"{p}/bias").reshape(H, 3, e).transpose(1, 0, 2).reshape(-1),
@@ -264,12 +264,13 @@ def test_initial_parameters(chrono_steps):
         owner, name = path.split("/")[-2:]
         kind = f"{owner.split('_')[0]}/{name}"
         if kind == "AGaLiTeAttention/kernel":  # five kernels cut out of one (D, 5 H d) matrix
-            assert x.shape == (D, 5, H * d)
-            assert_orthogonal(x.reshape(D, 5 * H * d), gain)
+            assert x.shape == (D, 5 * H * d)
+            assert_orthogonal(x, gain)
         elif kind == "AGaLiTeAttention/bias":
-            assert x.shape == (5, H * d) and not x[:3].any()
-            assert (x[3:] <= 0).all() and (x[3:] >= -np.log(chrono_steps) - 1e-6).all()
-            assert len(np.unique(x[3:])) == (x[3:].size if chrono_steps > 1 else 1)
+            of_kqv, of_gates = np.split(x, [3 * H * d])
+            assert of_gates.shape == (2 * H * d,) and not of_kqv.any()
+            assert (of_gates <= 0).all() and (of_gates >= -np.log(chrono_steps) - 1e-6).all()
+            assert len(np.unique(of_gates)) == (of_gates.size if chrono_steps > 1 else 1)
         elif kind == "p/kernel":
             assert x.shape == (D, 3 * H * e)
             assert_orthogonal(x, gain)
@@ -302,7 +303,7 @@ def test_chrono_spreads_memories_evenly():
     cos, weight = jnp.ones((1, 1, 2)), jnp.ones(2)
     attention = script.AGaLiTeAttention(args)
     init = quick_jit(lambda key: attention.init(key, x, reset, cos, weight, memory.layers[0]))
-    biases = [np.float64(init(jax.random.key(seed))["params"]["bias"][3:]) for seed in range(2)]
+    biases = [np.float64(init(jax.random.key(seed))["params"]["bias"][3 * 512 :]) for seed in range(2)]
     for steps in np.exp(-np.stack(biases)).reshape(4, -1):
         quantiles = (np.sort(steps) - 1) / (300 - 1)
         assert -1e-6 <= quantiles[0] and quantiles[-1] <= 1 + 1e-6

@@ -257,7 +257,7 @@ def test_diverging_run_stops_before_it_saves(script, tmp_path):
     folder = folder_of(tmp_path)
     done = len(rows(folder))
     (said,) = [line for line in err.splitlines() if "not finite" in line]
-    assert said.startswith(f"Update {done + 1}, seed 7: ") and said.endswith("It is not saved")
+    assert said.startswith(f"Update {done + 1} is not saved: losses/") and said.endswith(" of seed 7 is not finite")
     assert "Traceback" not in err
     assert steps(folder)[-1] == done
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint(folder)["train_state"]["params"]))

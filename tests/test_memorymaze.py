@@ -152,7 +152,7 @@ def test_time_limit_and_staggering(make):
         if truncated:
             ends.append((step, info))
             env.reset()
-    assert ends == [(5, {"staggered": True}), (1005, {})]
+    assert ends == [(5, {"shortened": True}), (1005, {})]
     env.reset(seed=0)
     assert not any(env.step(RIGHT)[3] for _ in range(10))
 
@@ -200,7 +200,7 @@ def test_in_workers(make):
         seen.append(obs)
         ends.append(truncated.tolist())
         if truncated.any():
-            assert info["final_info"]["staggered"][truncated].all()
+            assert info["final_info"]["shortened"][truncated].all()
     envs.close()
     assert np.argwhere(ends).tolist() == [[3, 0], [6, 1]]
     for i, (action, n) in enumerate(zip((FORWARD, RIGHT), lengths, strict=True)):

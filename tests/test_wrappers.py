@@ -216,7 +216,7 @@ def test_episode_statistics_name_their_outcomes():
 
 
 def noisy(scale: float):
-    return VectorEnv(AutoReset(EpisodeNoise(EpisodeStatistics(TMaze()), 4, scale)), 32)
+    return VectorEnv(AutoReset(EpisodeNoise(EpisodeStatistics(TMaze()), scale)), 32)
 
 
 def noise_of(scale: float, seed: int):
@@ -288,7 +288,7 @@ def test_what_is_observed_is_what_a_step_returns():
     """observe, which PooledReset calls, adds the noise and the steps left, too."""
     inner = TMaze(5)
     inner.observe = lambda state, params: jnp.arange(16.0) + state.position
-    env = EpisodeNoise(TimeAwareObservation(EpisodeStatistics(inner)), 4, 0.7)
+    env = EpisodeNoise(TimeAwareObservation(EpisodeStatistics(inner)), 0.7)
     first_obs, state = env.reset(jax.random.key(28), env.default_params)
     observed = env.observe(state, env.default_params)
     np.testing.assert_array_equal(observed, np.concatenate([first_obs[:5], np.arange(16.0)]))
@@ -302,7 +302,7 @@ def test_what_is_observed_is_what_a_step_returns():
 
 @pytest.mark.parametrize("wrap", [
     lambda env, n: VectorEnv(AutoReset(EpisodeStatistics(env)), n),
-    lambda env, n: VectorEnv(AutoReset(EpisodeNoise(TimeAwareObservation(EpisodeStatistics(env)), 4, 0.7)), n),
+    lambda env, n: VectorEnv(AutoReset(EpisodeNoise(TimeAwareObservation(EpisodeStatistics(env)), 0.7)), n),
     lambda env, n: OptimisticReset(EpisodeStatistics(env), n, n),
     lambda env, n: PooledReset(EpisodeStatistics(env), n, 2),
 ])  # fmt: skip
