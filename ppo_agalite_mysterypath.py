@@ -69,6 +69,7 @@ class Args:
 
     # The model
     num_channels: int = 32  # channels of the encoder's first convolution (the others have twice as many)
+    encode_tiles: bool = False  # instead of convolutions, one layer of num_channels for each tile (published: no)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
@@ -281,9 +282,13 @@ class ConvEncoder(nn.Module):
     """The three convolutions of Mnih et al. 2015, as matrix products. Images (T, B, 84, 84, 3) uint8 -> (T, B, n)."""
 
     channels: int = 32
+    tiles: bool = False
 
     @nn.compact
     def __call__(self, obs):
+        if self.tiles:  # one layer, the same for each tile of 12 x 12 pixels
+            x = nn.relu(dense(self.channels)(patches(obs, 12, 12) / 255.0))  # (T, B, 7, 7, channels)
+            return x.reshape(*x.shape[:2], -1)
         # In a loop on a CPU, as here, the gradients of XLA's own convolutions are many times slower (docs/speed.md).
         x = nn.relu(dense(self.channels)(patches(obs, 8, 4) / 255.0))  # (T, B, 20, 20, channels)
         x = nn.relu(dense(2 * self.channels)(patches(x, 4, 2)))  # (T, B, 9, 9, 2 * channels)
@@ -317,7 +322,7 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, reset, memory: Memory):
-        x = in_pieces(ConvEncoder(self.args.num_channels, name="encoder"), obs)  # (T, B, n)
+        x = in_pieces(ConvEncoder(self.args.num_channels, self.args.encode_tiles, name="encoder"), obs)  # (T, B, n)
         x, memory = AGaLiTe(self.args)(x, reset, memory)  # (T, B, D)
         actor, critic = nn.tanh(dense(self.args.d_actor)(x)), nn.tanh(dense(self.args.d_critic)(x))
         return dense(self.num_actions)(actor), dense(1)(critic).squeeze(-1), memory

@@ -40,6 +40,22 @@ def test_encoder_scales_images_and_has_the_published_sizes():
     np.testing.assert_allclose(features.ravel(), x.ravel(), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", MYSTERYPATH)
+def test_encode_tiles_is_one_convolution_without_overlap(name):
+    """Each tile's features depend on its 12 x 12 pixels alone, as in Flax's convolution with that size and stride."""
+    args = small_args(load(name), num_channels=5, encode_tiles=True)
+    obs = np.random.default_rng(0).integers(0, 256, (2, 3, 84, 84, 3), np.uint8)
+    agent = load(name).ActorCritic(args, 4)
+    init = lambda key: agent.init(key, obs, np.ones((2, 3), bool), agent.initial_memory(3))
+    params = quick_jit(init)(jax.random.key(0))["params"]["encoder"]
+    (kernel, bias) = params["Dense_0"]["kernel"], params["Dense_0"]["bias"]
+    assert params.keys() == {"Dense_0"} and kernel.shape == (12 * 12 * 3, 5)
+    features = quick_jit(load(name).ConvEncoder(5, tiles=True).apply)({"params": params}, obs)
+    conv = nn.Conv(5, (12, 12), (12, 12), padding="VALID")
+    expected = nn.relu(conv.apply({"params": {"kernel": kernel.reshape(12, 12, 3, 5), "bias": bias}}, obs / 255.0))
+    np.testing.assert_allclose(features, expected.reshape(2, 3, 7 * 7 * 5), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name", [name for name in MYSTERYPATH + MEMORYMAZE if hasattr(load(name).Args, "num_channels")]
 )
