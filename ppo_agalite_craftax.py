@@ -125,7 +125,7 @@ class Args:
 
 
 def make_env(args: Args, num_envs: int, evaluation: bool = False) -> OptimisticReset:
-    # An evaluation plays one episode per environment: whatever starts after it may be the same world for all.
+    # An evaluation plays one episode per environment. What follows is not used, so one new world per step is enough.
     reset_ratio = num_envs if evaluation else args.optimistic_reset_ratio
     return OptimisticReset(CraftaxStatistics(Craftax(args.env_id)), num_envs, reset_ratio)
 
@@ -608,7 +608,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
 
 
 def plot_achievements(run_dir: Path) -> None:
-    """Draws how many percent of the evaluation's episodes, with sampled actions, unlocked each achievement."""
+    """Draws the share of episodes that unlocked each achievement, in the evaluation with sampled actions."""
     results = json.loads((run_dir / "evaluation.json").read_text())["sampled"]  # (S,) each
     shares = {name: 100 * np.mean(values) for name, values in results.items() if name.startswith("achievements/")}
     shares = dict(sorted(shares.items(), key=lambda item: item[1]))

@@ -158,11 +158,11 @@ class MatrixMemory(NamedTuple):
 def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, p2, p3):
     """GaLiTe's recurrence (Algorithm 1 of the paper) -> memory after the last step, out (T, B, H, d).
 
-        norm_t   = (1 - gamma_t) norm_{t-1}          + gamma_t k_t             (B, H, d, e)
-        matrix_t = (1 - beta_t gamma_t) matrix_{t-1} + beta_t v_t gamma_t k_t  (B, H, d, d, e), outer products
-        out_t    = matrix_t q_t / (norm_t . q_t + 1e-10)                       (B, H, d)
+        norm_t   = (1 - gamma_t) norm_{t-1} + gamma_t k_t                                      (B, H, d, e)
+        matrix_t = (1 - outer(beta_t, gamma_t)) matrix_{t-1} + outer(beta_t v_t, gamma_t k_t)  (B, H, d, d, e)
+        out_t    = matrix_t q_t / (norm_t . q_t + 1e-10)                                       (B, H, d)
 
-    k, q and gamma are expanded from d to (d, e) by outer products with p1, p2 and p3.
+    k, q and gamma (T, B, H, d) are expanded to (T, B, H, d, e) by outer products with p1, p2 and p3, in this order.
     Inputs: k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) after their activations; reset (T, B).
 
     Time is cut into chunks of C steps. The forward pass keeps only the memory before each chunk; the backward pass
@@ -185,13 +185,13 @@ def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, 
         reset, k, q, v, beta, gamma, p1, p2, p3 = inputs
         keep = 1.0 - reset[..., None, None, None]  # (B, 1, 1, 1)
         gamma, q = expand(gamma, p3), expand(q, p2)  # (B, H, d, e)
-        new_k = gamma * expand(k, p1)
+        new_k = gamma * expand(k, p1)  # (B, H, d, e)
         norm = recurrence(memory.norm, keep * (1 - gamma), new_k)
         decay = keep[..., None] * (1 - outer(beta, gamma))  # (B, H, d, d, e)
         matrix = recurrence(memory.matrix, decay, outer(beta * v, new_k))
-        read, total = jnp.einsum("...ide,...de->...i", matrix, q), jnp.einsum("...de,...de->...", norm, q)
-        memory = jax.tree.map(lambda x: x if on_cpu else x[-1], MatrixMemory(matrix, norm))
-        return memory, read / (total[..., None] + 1e-10)
+        total = jnp.einsum("...de,...de->...", norm, q) + 1e-10  # (B, H)
+        out = jnp.einsum("...ide,...de->...i", matrix, q) / total[..., None]  # (B, H, d)
+        return jax.tree.map(lambda x: x if on_cpu else x[-1], MatrixMemory(matrix, norm)), out
 
     def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is
         return jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])
@@ -240,12 +240,12 @@ class GaLiTe(nn.Module):
         args = self.args
         x = dense(args.d_model, name="embedding")(x)  # (T, B, D), without an activation, as published
         layers = []
-        for layer in memory:
-            y, layer = GaLiTeAttention(args)(nn.LayerNorm()(x), reset, layer)
+        for layer_memory in memory:
+            y, layer_memory = GaLiTeAttention(args)(nn.LayerNorm()(x), reset, layer_memory)
             x = GRUGate()(x, nn.relu(y))
             y = nn.relu(dense(args.d_ffc)(nn.LayerNorm()(x)))
             x = GRUGate()(x, nn.relu(dense(args.d_model)(y)))
-            layers.append(layer)
+            layers.append(layer_memory)
         return x, tuple(layers)
 
 

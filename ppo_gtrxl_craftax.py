@@ -12,8 +12,7 @@ The memory and its settings are those of ppo_gtrxl_tmaze.py, all else is as in p
 The published size, 1e9 steps, is meant for a GPU and was not run; docs/craftax.md has settings for one CPU core, with
 Craftax Classic, and their results. The score is the return in percent of the rewards of all achievements.
 
-Axes, time first: T time steps, B environments, S seeds, A actions, D d_model, H heads, d d_head, L layers,
-M memory_len; N blocks of C steps.
+Axes, time first: T steps, B environments, S seeds, A actions, D d_model, H heads, d d_head, L layers, M memory_len.
 """
 
 import csv
@@ -74,7 +73,7 @@ class Args:
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
     num_heads: int = 4  # attention heads H
-    memory_len: int = 128  # steps M before its own that a step sees in each layer
+    memory_len: int = 128  # past steps M that a step attends to in each layer
     d_encoder: int = 128  # width of the layer that reads the observation
     d_actor: int = 128  # hidden width of the policy head
     d_critic: int = 128  # hidden width of the value head
@@ -124,7 +123,7 @@ class Args:
 
 
 def make_env(args: Args, num_envs: int, evaluation: bool = False) -> OptimisticReset:
-    # An evaluation plays one episode per environment: whatever starts after it may be the same world for all.
+    # An evaluation plays one episode per environment. What follows is not used, so one new world per step is enough.
     reset_ratio = num_envs if evaluation else args.optimistic_reset_ratio
     return OptimisticReset(CraftaxStatistics(Craftax(args.env_id)), num_envs, reset_ratio)
 
@@ -169,10 +168,10 @@ def window_attention(q, k, v, content_bias, position_bias, positions, episode):
 
         score(i, j) = ((q_i + content_bias) . k_j + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
 
-    Inputs: q (T, B, H, d). k and v (M + T, B, H, d) and episode (M + T, B), the number of each step's episode, start
-    with the M steps before. The two biases (H, d). positions (M + 1, H, d) of the distances i - j = 0 to M.
+    Inputs: q (T, B, H, d). k and v (M + T, B, H, d) start with the M steps before. episode (M + T, B) is the number of
+    each step's episode. The two biases (H, d). positions (M + 1, H, d) of the distances i - j = 0 to M.
 
-    Time is cut into N blocks of C steps. A block computes the scores of the M + C keys that any of its steps may see.
+    Time is cut into N blocks of C steps, each with the M + C keys that its steps may see: the cost is linear in T.
     """
     T, M, d = len(q), len(positions) - 1, q.shape[-1]
     C = min(T, M)
@@ -183,15 +182,15 @@ def window_attention(q, k, v, content_bias, position_bias, positions, episode):
     q, k, v = q[queries], k[keys], v[keys]  # (N, C, B, H, d), (N, M + C, B, H, d)
     content = jnp.einsum("nibhd,njbhd->nbhij", q + content_bias, k)  # (N, B, H, C, M + C)
 
-    # Column m of by_offset is for the m-th oldest key that a query sees, at distance M - m. In a block, query i sees
-    # the keys i to i + M, so row i must move i columns to the right. For that, C zeros lengthen each row to M + C + 1,
-    # and the numbers are cut into rows of M + C: then each row starts one column further to the right than the last.
+    # In a block, query i sees the keys i to i + M. Column m of by_offset is for key i + m, at distance M - m, so row i
+    # must move i columns to the right (the relative shift of Transformer-XL). For that, C zeros lengthen each row to
+    # M + C + 1, and the numbers are cut into rows of M + C: each then starts one column further to the right.
     by_offset = jnp.einsum("nibhd,mhd->nbhim", q + position_bias, positions[::-1])  # (N, B, H, C, M + 1)
     flat = jnp.pad(by_offset, [(0, 0)] * 4 + [(0, C)]).reshape(*by_offset.shape[:3], -1)
     position = flat[..., : C * (M + C)].reshape(content.shape)  # (N, B, H, C, M + C)
 
-    offset = jnp.arange(M + C) - jnp.arange(C)[:, None]  # (C, M + C)
-    in_window = (0 <= offset) & (offset <= M)
+    offset = jnp.arange(M + C) - jnp.arange(C)[:, None]  # (C, M + C), key - query
+    in_window = (0 <= offset) & (offset <= M)  # offset M is the query's own step, so none is later
     same_episode = episode[M + queries][:, :, None] == episode[keys][:, None]  # (N, C, M + C, B)
     visible = in_window & jnp.moveaxis(same_episode, -1, 1)  # (N, B, C, M + C)
     score = jnp.where(visible[:, :, None], (content + position) / math.sqrt(d), -jnp.inf)
@@ -224,7 +223,7 @@ class GTrXL(nn.Module):
     @nn.compact
     def __call__(self, x, reset, memory: WindowMemory):
         args, M = self.args, self.args.memory_len
-        # Episodes are numbered from 0, the one that the memory ends in; -1 is any before it.
+        # Episode 0 is the one that the memory ends in, and each reset starts the next; -1 is any before, or no step.
         episode = jnp.concatenate([jnp.where(memory.visible.T, 0, -1), jnp.cumsum(reset, axis=0)])  # (M + T, B)
         zeros = lambda name: self.param(name, constant(0.0), (args.num_heads, args.d_head))
         biases = zeros("content_bias"), zeros("position_bias")  # u and v of Transformer-XL, shared by all layers
@@ -233,7 +232,7 @@ class GTrXL(nn.Module):
         x = nn.relu(nn.Dense(args.d_model, name="embedding")(x))  # (T, B, D)
         inputs = []
         for i in range(args.num_layers):
-            past = jax.lax.stop_gradient(jnp.moveaxis(memory.inputs[:, i], 1, 0))  # (M, B, D)
+            past = jax.lax.stop_gradient(jnp.moveaxis(memory.inputs[:, i], 1, 0))  # (M, B, D); constant, as published
             inputs.append(jnp.concatenate([past, x])[-M:])
             y = GTrXLAttention(args)(x, past, episode, *biases)
             x = gate()(x, nn.relu(y))
@@ -581,7 +580,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
 
 
 def plot_achievements(run_dir: Path) -> None:
-    """Draws how many percent of the evaluation's episodes, with sampled actions, unlocked each achievement."""
+    """Draws the share of episodes that unlocked each achievement, in the evaluation with sampled actions."""
     results = json.loads((run_dir / "evaluation.json").read_text())["sampled"]  # (S,) each
     shares = {name: 100 * np.mean(values) for name, values in results.items() if name.startswith("achievements/")}
     shares = dict(sorted(shares.items(), key=lambda item: item[1]))

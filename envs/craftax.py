@@ -49,7 +49,7 @@ GAMES = {
 
 
 def pack(obs: jax.Array) -> jax.Array:
-    """(..., 8268) float32 -> (..., 1232) uint8; of Classic (..., 1345) -> (..., 254).
+    """(..., 8268) float32 -> (..., 1232) uint8; in Classic (..., 1345) -> (..., 254).
 
     An entry of the map says whether a square holds one kind of block, item or creature, or is lit: it is 0 or 1 and
     takes one bit. The numbers after the map keep their four bytes, so nothing is lost. If the map ever holds anything
@@ -59,7 +59,7 @@ def pack(obs: jax.Array) -> jax.Array:
     """
     game = next((game for game in GAMES.values() if game.obs_size == obs.shape[-1]), None)
     if game is None:
-        raise ValueError(f"an observation of {obs.shape[-1]} numbers: neither Craftax nor Craftax Classic has such")
+        raise ValueError(f"an observation of {obs.shape[-1]} numbers: Craftax has 8268, Craftax Classic 1345")
     view, numbers = jnp.split(obs, [game.num_bits], axis=-1)
     is_binary = ((view == 0) | (view == 1)).all(-1, keepdims=True)
     numbers = jnp.where(is_binary, numbers, jnp.nan)
@@ -69,13 +69,13 @@ def pack(obs: jax.Array) -> jax.Array:
 
 
 def unpack(packed: jax.Array) -> jax.Array:
-    """The inverse of pack: (..., 1232) uint8 -> (..., 8268) float32; of Classic (..., 254) -> (..., 1345).
+    """The inverse of pack: (..., 1232) uint8 -> (..., 8268) float32; in Classic (..., 254) -> (..., 1345).
 
     Raises ValueError for any other size.
     """
     game = next((game for game in GAMES.values() if game.packed_size == packed.shape[-1]), None)
     if game is None:
-        raise ValueError(f"a packed observation of {packed.shape[-1]} bytes: neither Craftax nor Classic has such")
+        raise ValueError(f"a packed observation of {packed.shape[-1]} bytes: Craftax has 1232, Craftax Classic 254")
     view, number_bytes = jnp.split(packed, [game.packed_size - 4 * game.num_numbers], axis=-1)
     view = jnp.unpackbits(view, axis=-1, count=game.num_bits).astype(jnp.float32)
     number_bytes = number_bytes.reshape(*packed.shape[:-1], game.num_numbers, 4)
@@ -85,11 +85,12 @@ def unpack(packed: jax.Array) -> jax.Array:
 class Craftax:
     """Craftax or Craftax Classic, without automatic reset.
 
-    Observation, (1232,) uint8, of Classic (254,): what the package observes, through `pack`; `unpack` restores it.
-    Actions: 43, of Classic 17, in the order of `action_names`. Unlocking an achievement pays its reward, once per
-    episode (1 to 8, of Classic 1), and each point of health lost or gained counts 0.1.
+    Observation, (1232,) uint8, in Classic (254,): what the package observes, packed by `pack`; `unpack` restores it.
+    Actions: 43, in Classic 17, in the order of `action_names`. Unlocking an achievement pays its reward, once per
+    episode (1 to 8, in Classic 1), and each point of health gained or lost adds or subtracts 0.1.
 
-    An episode ends by death, by victory over the last boss, or at params.max_timesteps (100000, of Classic 10000).
+    An episode ends by death, by victory over the last boss (not in Classic), or at params.max_timesteps (100000, in
+    Classic 10000).
 
     Raises ValueError for an unknown env_id.
     """
@@ -138,8 +139,8 @@ class Craftax:
     def reset(self, key: jax.Array, params) -> tuple[jax.Array, Any]:
         """-> first observation (1232,) uint8, state: another world for each key."""
         obs, state = self.package_env.reset(key, params)
-        # Classic's first state has weakly typed numbers, and a step makes some of them strong. Then jit would compile
-        # the second update of a script again.
+        # Classic's first state has weakly typed numbers, and a step makes some of them strong. Without this conversion,
+        # jit would compile a script's `update` twice.
         return pack(obs), jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
     def step(
@@ -147,7 +148,7 @@ class Craftax:
     ) -> tuple[jax.Array, Any, jax.Array, jax.Array, dict[str, jax.Array]]:
         """-> observation, state, reward () float32, done () bool, info.
 
-        info has "truncated" () bool, the time limit and nothing else ended the episode, and "achievements" (67,) bool,
+        info has "truncated" () bool, true if only the time limit ended the episode, and "achievements" (67,) bool,
         those that the episode has unlocked so far.
         """
         obs, state, reward, done, _ = self.package_env.step(key, state, action, params)
@@ -160,7 +161,7 @@ class Craftax:
         """-> one frame, RGB: the state before the action, the action and its reward. None is not drawn.
 
         state is that of one environment, probabilities (actions,) the policy the action came from; the likeliest are
-        shown. (640, 416) pixels, of Classic (576, 288). Not for jit. The first frame takes some 10 seconds to prepare.
+        shown. (640, 416) pixels, in Classic (576, 288). Not for jit. The first frame takes some 10 seconds to prepare.
         """
         pixels = Image.fromarray(np.asarray(pixel_renderer(self.game.module)(state)).astype(np.uint8))
         world = pixels.resize((2 * pixels.width, 2 * pixels.height), Image.Resampling.NEAREST)

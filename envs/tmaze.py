@@ -79,12 +79,12 @@ class TMaze:
     ) -> tuple[jax.Array, EnvState, jax.Array, jax.Array, dict[str, jax.Array]]:
         """-> observation, state, reward () float32, done () bool, info with "success" and "truncated", () bool each."""
         junction = params.corridor_len - 1
-        turned = (state.position == junction) & (action <= DOWN)
+        at_junction = state.position == junction  # where left and right do nothing, as published
+        turned = at_junction & (action <= DOWN)
         success = turned & (action == state.cue)
         reward = jnp.where(turned, jnp.where(success, 4.0, -1.0), -0.1)
 
         move = (action == RIGHT).astype(jnp.int32) - (action == LEFT)
-        at_junction = state.position == junction  # where left and right do nothing, as published
         position = jnp.where(at_junction, junction, jnp.maximum(state.position + move, 0))
         state = EnvState(position, state.cue, state.time + 1)
 

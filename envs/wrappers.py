@@ -45,7 +45,7 @@ class EpisodeStatisticsState(NamedTuple):
 
 
 class EpisodeStatistics(Wrapper):
-    """Adds "episodic_return" and "episodic_length" to info: those of the finished episode in the step that ends it."""
+    """Adds "episodic_return" and "episodic_length" so far to info: in the step that ends an episode, its totals."""
 
     @property
     def outcomes(self) -> dict[str, str]:
@@ -195,20 +195,19 @@ class OptimisticReset(VectorEnv):
             raise ValueError(f"num_envs {num_envs}: not divisible by {reset_ratio}, the environments per fresh start")
         super().__init__(env, num_envs)
         self.num_fresh = num_envs // reset_ratio
-        self.fresh_per_group = math.gcd(self.num_fresh, 4)
+        self.fresh_per_group = math.gcd(self.num_fresh, 4)  # more would repeat fewer worlds, but suit fewer devices
         self.num_groups = self.num_fresh // self.fresh_per_group
 
     def step(self, key, state, action, params):
         step_key, reset_key = jax.random.split(key)
-        step_keys = jax.random.split(step_key, self.num_envs)
-        obs, state, reward, done, info = jax.vmap(self.env.step, (0, 0, 0, None))(step_keys, state, action, params)
+        obs, state, reward, done, info = super().step(step_key, state, action, params)
         reset_keys = jax.random.split(reset_key, (self.num_groups, self.fresh_per_group))
         fresh = jax.vmap(jax.vmap(self.env.reset, (0, None)), (0, None))(reset_keys, params)
 
         def restart_finished(fresh, done, current):
-            """In one group: done (n,), obs and state of now (n, ...) and of fresh episodes (fresh_per_group, ...)."""
+            """In one group: fresh (obs, state) (fresh_per_group, ...), done (n,), current (obs, state) (n, ...)."""
             turn = (jnp.cumsum(done) - 1) % self.fresh_per_group  # (n,), counts those that finish
-            restart = lambda done, i, old: jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, old)
+            restart = lambda done, i, now: jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, now)
             return jax.vmap(restart)(done, turn, current)
 
         grouped = lambda tree: jax.tree.map(lambda x: x.reshape(self.num_groups, -1, *x.shape[1:]), tree)
@@ -223,7 +222,7 @@ class PooledResetState(NamedTuple):
     used: jax.Array  # (B,) int32, how many were taken since the last refresh; may exceed K
 
 
-class PooledReset(Wrapper):
+class PooledReset(VectorEnv):
     """num_envs copies; each starts its episodes from a separate pool of pool_size (K) first states.
 
     It takes the place of AutoReset and VectorEnv: AutoReset pays for a reset in every step of every environment. Here
@@ -238,8 +237,8 @@ class PooledReset(Wrapper):
     def __init__(self, env, num_envs: int, pool_size: int):
         if pool_size < 1:
             raise ValueError(f"pool_size {pool_size}: must be at least 1")
-        super().__init__(env)
-        self.num_envs, self.pool_size = num_envs, pool_size
+        super().__init__(env, num_envs)
+        self.pool_size = pool_size
 
     def reset(self, key, params):
         pool = self._draw_pool(key, params)
@@ -251,11 +250,8 @@ class PooledReset(Wrapper):
         return state._replace(pool=self._draw_pool(key, params), used=jnp.zeros_like(state.used))
 
     def step(self, key, state, action, params):
-        keys = jax.random.split(key, self.num_envs)
         # Under jit the observations that are made here and not used cost nothing.
-        _, env_state, reward, done, info = jax.vmap(self.env.step, (0, 0, 0, None))(
-            keys, state.env_state, action, params
-        )
+        _, env_state, reward, done, info = super().step(key, state.env_state, action, params)
 
         def restart(done, env_state, pool, used):
             return jax.tree.map(lambda old, new: jnp.where(done, new[used % self.pool_size], old), env_state, pool)
@@ -266,7 +262,7 @@ class PooledReset(Wrapper):
 
     def render(self, state, params, *args):
         """-> an image of the first environment."""
-        return self.env.render(first(state.env_state), params, *args)
+        return super().render(state.env_state, params, *args)
 
     def _draw_pool(self, key, params):
         keys = jax.random.split(key, (self.num_envs, self.pool_size))
@@ -286,7 +282,7 @@ def record_video(env, policy, memory, seed: int, path: Path) -> None:
     key, reset_key = jax.random.split(jax.random.key(seed))
     obs, state = reset_env(reset_key, env.default_params)
     reset, frames = jnp.ones(1, bool), []
-    while not (frames and reset[0]) and len(frames) < 1000:
+    while not (frames and reset[0]) and len(frames) < 1000:  # reset is true before the first step, too
         key, action_key, env_key = jax.random.split(key, 3)
         logits, _, memory = policy(obs[None], reset[None], memory)
         action = jax.random.categorical(action_key, logits[0])
