@@ -165,6 +165,7 @@ def test_a_memory_of_your_own_passes_the_tests(tmp_path):
     )
     (field,) = re.findall(r"`(num_layers: int = .*?)`", (ROOT / "docs/your_own.md").read_text())
     source = source.replace("    hidden_size: int", f"    {field}\n    hidden_size: int", 1)
+    source = source.replace('sizes = "', 'sizes = "num_layers ', 1)
     for folder in ("tests", "envs", "benchmarks"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
@@ -172,6 +173,7 @@ def test_a_memory_of_your_own_passes_the_tests(tmp_path):
     (tmp_path / "ppo_mine_tmaze.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mine and not four_devices"]
     files = ["tests/test_memory.py", "tests/test_ppo.py", "tests/test_sync.py"]
+    files += ["tests/test_cli.py::test_impossible_arguments_are_refused"]
     done = subprocess.run([*command, *files], cwd=tmp_path, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and int(passed[1]) >= 20, done.stdout[-3000:]
