@@ -623,7 +623,7 @@ def main(args: Args) -> None:
     except wandb.Error as error:
         raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
     except OSError as error:
-        raise SystemExit(f"{error}. If {run_dir} has checkpoints, --resume continues from the newest") from None
+        raise SystemExit(f'{error}. If there are checkpoints, --resume "{run_dir}" continues from the newest') from None
 
 
 if __name__ == "__main__":
