@@ -69,7 +69,7 @@ class Args:
 
     # The model
     num_channels: int = 32  # channels of the encoder's first convolution (the others have twice as many)
-    encode_tiles: bool = False  # instead of convolutions, one layer of num_channels for each tile (published: no)
+    encode_tiles: bool = False  # instead of convolutions, one layer for each tile of 12 x 12 pixels (published: no)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head

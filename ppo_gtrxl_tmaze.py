@@ -165,8 +165,8 @@ def window_attention(q, k, v, content_bias, position_bias, positions, episode):
 
         score(i, j) = ((q_i + content_bias) . k_j + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
 
-    Inputs: q (T, B, H, d). k and v (M + T, B, H, d) start with the M steps before. episode (M + T, B) is the number of
-    each step's episode. The two biases (H, d). positions (M + 1, H, d) of the distances i - j = 0 to M.
+    Inputs: q (T, B, H, d). k and v (M + T, B, H, d) start M steps earlier, and episode (M + T, B), the number of each
+    step's episode. The two biases (H, d). positions (M + 1, H, d) of the distances i - j = 0 to M.
 
     Time is cut into N blocks of C steps, each with the M + C keys that its steps may see: the cost is linear in T.
     """

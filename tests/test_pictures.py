@@ -48,7 +48,7 @@ def test_encode_tiles_is_one_convolution_without_overlap(name):
     agent = load(name).ActorCritic(args, 4)
     init = lambda key: agent.init(key, obs, np.ones((2, 3), bool), agent.initial_memory(3))
     params = quick_jit(init)(jax.random.key(0))["params"]["encoder"]
-    (kernel, bias) = params["Dense_0"]["kernel"], params["Dense_0"]["bias"]
+    kernel, bias = params["Dense_0"]["kernel"], params["Dense_0"]["bias"]
     assert params.keys() == {"Dense_0"} and kernel.shape == (12 * 12 * 3, 5)
     features = quick_jit(load(name).ConvEncoder(5, tiles=True).apply)({"params": params}, obs)
     conv = nn.Conv(5, (12, 12), (12, 12), padding="VALID")

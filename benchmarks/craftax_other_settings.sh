@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Craftax with the settings of PPO with which a published GTrXL reaches 18% of the maximum after 1e9 steps. For a GPU. Not run here: docs/craftax.md has the curve to compare with.
+# Craftax with the settings of PPO with which a published GTrXL reaches 18% of the maximum after 1e9 steps. For a GPU.
+# Not run here: docs/craftax.md has the curve to compare with.
 #
-#     benchmarks/craftax_lstm_settings.sh [seed ...]
+#     benchmarks/craftax_other_settings.sh [seed ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
