@@ -161,24 +161,26 @@ def sinusoids(length: int, D: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def window_attention(q, k, v, content_bias, position_bias, positions, episode):
+def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, episode):
     """Attention of each step to itself and to the M steps before it, within its episode -> (T, B, H, d).
 
-        score(i, j) = ((q_i + content_bias) . k_j + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
+        score(i, j) = ((q_i + content_bias) . (tokens_j Wk) + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
 
-    Inputs: q (T, B, H, d). k and v (M + T, B, H, d) start M steps earlier, and episode (M + T, B), the number of each
-    step's episode. The two biases (H, d). positions (M + 1, H, d) of the distances i - j = 0 to M.
+    Inputs: q (T, B, H, d). tokens (M + T, B, D), of which Wk and Wv (D, H, d) make keys and values, start M steps
+    earlier, and so does episode (M + T, B), the number of each step's episode. The two biases (H, d). positions
+    (M + 1, H, d) of the distances i - j = 0 to M.
 
-    Time is cut into N blocks of C steps, each with the M + C keys that its steps may see: the cost is linear in T.
+    Time is cut into N blocks of C steps, each with the M + C tokens that its steps may see: the cost is linear in T.
     """
     T, M, d = len(q), len(positions) - 1, q.shape[-1]
     C = min(T, M)
     # Steps of zeros fill the last block. They come last, so no other step sees them.
-    q, k, v, episode = (jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)) for x in (q, k, v, episode))
-    start = jnp.arange(0, T, C)[:, None]  # (N, 1)
-    queries, keys = start + jnp.arange(C), start + jnp.arange(M + C)  # (N, C), (N, M + C); query i is key M + i
-    q, k, v = q[queries], k[keys], v[keys]  # (N, C, B, H, d), (N, M + C, B, H, d)
-    content = jnp.einsum("nibhd,njbhd->nbhij", q + content_bias, k)  # (N, B, H, C, M + C)
+    q, tokens, episode = (jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)) for x in (q, tokens, episode))
+    blocks = lambda x, size: jnp.stack([x[start : start + size] for start in range(0, T, C)])  # (N, size, ...)
+    q, tokens = blocks(q, C), blocks(tokens, M + C)  # (N, C, B, H, d), (N, M + C, B, D)
+    # einsum chooses the cheaper order: for a rollout, the keys, tokens Wk, come first; for a single step, q Wk, so that
+    # acting does not compute the keys of its whole window again in each step. Likewise with Wv below.
+    content = jnp.einsum("nibhd,njbD,Dhd->nbhij", q + content_bias, tokens, Wk)  # (N, B, H, C, M + C)
 
     # In a block, query i sees the keys i to i + M. Column m of by_offset is for key i + m, at distance M - m, so row i
     # must move i columns to the right (the relative shift of Transformer-XL). For that, C zeros lengthen each row to
@@ -189,11 +191,11 @@ def window_attention(q, k, v, content_bias, position_bias, positions, episode):
 
     offset = jnp.arange(M + C) - jnp.arange(C)[:, None]  # (C, M + C), key - query
     in_window = (0 <= offset) & (offset <= M)  # offset M is the query's own step, so none is later
-    same_episode = episode[M + queries][:, :, None] == episode[keys][:, None]  # (N, C, M + C, B)
+    same_episode = blocks(episode[M:], C)[:, :, None] == blocks(episode, M + C)[:, None]  # (N, C, M + C, B)
     visible = in_window & jnp.moveaxis(same_episode, -1, 1)  # (N, B, C, M + C)
     score = jnp.where(visible[:, :, None], (content + position) / math.sqrt(d), -jnp.inf)
-    out = jnp.einsum("nbhij,njbhd->nibhd", nn.softmax(score), v)  # (N, C, B, H, d)
-    return out.reshape(-1, *v.shape[2:])[:T]
+    out = jnp.einsum("njbD,nbhij,Dhd->nibhd", tokens, nn.softmax(score), Wv)  # (N, C, B, H, d)
+    return out.reshape(-1, *out.shape[2:])[:T]
 
 
 class GTrXLAttention(nn.Module):
@@ -205,11 +207,13 @@ class GTrXLAttention(nn.Module):
     def __call__(self, x, past, episode, content_bias, position_bias):
         T, B, D = x.shape
         M, H, d = self.args.memory_len, self.args.num_heads, self.args.d_head
+        kernel = lambda name: self.param(name, nn.initializers.lecun_normal(), (D, H * d)).reshape(D, H, d)
+        # The published bias of the keys is left out: it raises all scores of a query alike, and softmax cancels that.
+        Wk, Wv, bias = kernel("Wk"), kernel("Wv"), self.param("bias", constant(0.0), (H, d))
         tokens = nn.LayerNorm()(jnp.concatenate([past, x]))  # (M + T, B, D)
-        k, v = jnp.split(nn.Dense(2 * H * d, name="kv")(tokens).reshape(M + T, B, 2 * H, d), 2, axis=2)
         q = nn.Dense(H * d, name="q")(x).reshape(T, B, H, d)  # of x without LayerNorm, as published
         positions = nn.Dense(H * d, name="position")(sinusoids(M + 1, D)).reshape(M + 1, H, d)
-        out = window_attention(q, k, v, content_bias, position_bias, positions, episode)
+        out = window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, episode) + bias
         return nn.Dense(D, name="out")(out.reshape(T, B, H * d))
 
 

@@ -47,20 +47,22 @@ def cached_step(script, args, params, obs, memory):
     dense = lambda p, x: x @ p["kernel"] + p["bias"]
     norm = lambda p, x: script.nn.LayerNorm().apply({"params": p}, x)
     gate = lambda p, x, y: script.GRUGate().apply({"params": p}, x, y)
-    episode = jnp.concatenate([jnp.where(visible.T, 0, -1), jnp.zeros((1, len(visible)), int)])  # (M + 1, B)
-    biases = gtrxl["content_bias"], gtrxl["position_bias"]
+    seen = jnp.pad(visible, [(0, 0), (0, 1)], constant_values=True)  # (B, M + 1), also the step itself
     noise, steps_left, obs = jnp.split(obs, [4, 5], axis=-1)
     x = jax.nn.relu(dense(gtrxl["embedding"], obs))  # (1, B, D)
     new_keys, new_values = [], []
     for i in range(args.num_layers):
         a = gtrxl[f"GTrXLAttention_{i}"]
-        k, v = jnp.split(dense(a["kv"], norm(a["LayerNorm_0"], x)).reshape(1, -1, 2 * H, d), 2, axis=2)
+        k, v = ((norm(a["LayerNorm_0"], x) @ a[name]).reshape(1, -1, H, d) for name in ("Wk", "Wv"))
         k, v = (jnp.concatenate([jnp.moveaxis(old[:, i], 1, 0), new]) for old, new in ((keys, k), (values, v)))
         new_keys.append(k[1:])
         new_values.append(v[1:])
         positions = dense(a["position"], script.sinusoids(M + 1, args.d_model)).reshape(M + 1, H, d)
         q = dense(a["q"], x).reshape(1, -1, H, d)
-        y = script.window_attention(q, k, v, *biases, positions, episode).reshape(1, -1, H * d)
+        content = jnp.einsum("ibhd,jbhd->bhj", q + gtrxl["content_bias"], k)
+        position = jnp.einsum("ibhd,jhd->bhj", q + gtrxl["position_bias"], positions[::-1])
+        score = jnp.where(seen[:, None], (content + position) / d**0.5, -jnp.inf)  # (B, H, M + 1)
+        y = (jnp.einsum("bhj,jbhd->bhd", jax.nn.softmax(score), v) + a["bias"]).reshape(1, -1, H * d)
         x = gate(gtrxl[f"GRUGate_{2 * i}"], x, jax.nn.relu(dense(a["out"], y)))
         z = jax.nn.relu(dense(gtrxl[f"Dense_{2 * i}"], norm(gtrxl[f"LayerNorm_{i}"], x)))
         x = gate(gtrxl[f"GRUGate_{2 * i + 1}"], x, jax.nn.relu(dense(gtrxl[f"Dense_{2 * i + 1}"], z)))
@@ -68,8 +70,7 @@ def cached_step(script, args, params, obs, memory):
     logits = dense(p["Dense_2"], actor) + noise
     value = (dense(p["Dense_3"], critic) * (1 - args.gamma**steps_left)).squeeze(-1)
     stack = lambda new: jnp.moveaxis(jnp.stack(new), 2, 0)  # (L, M, B, H, d) -> (B, L, M, H, d)
-    visible = jnp.concatenate([visible[:, 1:], jnp.ones((len(visible), 1), bool)], axis=1)
-    return logits, value, (stack(new_keys), stack(new_values), visible)
+    return logits, value, (stack(new_keys), stack(new_values), seen[:, 1:])
 
 
 def acting(name: str, B: int, length: int):

@@ -38,8 +38,9 @@ def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
         gates, maps = ([memory[f"{kind}_{2 * n + j}"] for j in (0, 1)] for kind in ("GRUGate", "Dense"))
         tokens = xp.concatenate([xp.moveaxis(inputs[:, n], 1, 0), x])  # (M + T, B, D)
         new_inputs.append(tokens[-M:])
-        key_value = dense(attention["kv"], layer_norm(attention["LayerNorm_0"], tokens))
-        k, v = (y.reshape(M + T, B, H, d) for y in (key_value[..., : H * d], key_value[..., H * d :]))
+        k, v = (layer_norm(attention["LayerNorm_0"], tokens) @ attention[name] for name in ("Wk", "Wv"))
+        k, v = k.reshape(M + T, B, H, d), v.reshape(M + T, B, H, d) + attention["bias"]
+        k = k + np.linspace(-1, 1, H * d).reshape(H, d)  # the published bias, which we lack: any gives the same softmax
         q = dense(attention["q"], x).reshape(T, B, H, d)
         position = dense(attention["position"], xp.asarray(sinusoid)).reshape(T, M + T, H, d)
         score = xp.einsum("ibhd,jbhd->ijbh", q + memory["content_bias"], k)

@@ -36,8 +36,11 @@ def authors_params(z, args) -> dict:
     for i in range(args.num_layers):
         first = f"layers_{i}"
         norm = lambda name, first=first: {n: get(f"{first}/{name}/{n}") for n in ("scale", "bias")}
-        names = {"kv": "attention_kv", "q": "attention_q", "position": "project_pos", "out": "project"}
+        names = {"q": "attention_q", "position": "project_pos", "out": "project"}
         attention = {ours: dense(f"{first}/attention/{theirs}") for ours, theirs in names.items()}
+        kv = dense(f"{first}/attention/attention_kv")
+        (Wk, Wv), (_, bias) = np.split(kv["kernel"], 2, axis=1), kv["bias"].reshape(2, args.num_heads, args.d_head)
+        attention |= {"Wk": Wk, "Wv": Wv, "bias": bias}
         params[f"GTrXLAttention_{i}"] = attention | {"LayerNorm_0": norm("layernorm1")}
         params[f"LayerNorm_{i}"] = norm("layernorm2")
         for j in range(2):
@@ -143,6 +146,20 @@ def test_a_step_sees_just_its_window():
     assert moved[30 : 30 + reach + 1].all() and not moved[:30].any() and not moved[30 + reach + 1 :].any()
 
 
+def test_acting_makes_no_keys():
+    """A step costs little more for each step of the window, less than a tenth of the keys and values of that step."""
+    operations, B = [], 3
+    for memory_len in (100, 200):
+        args = script.Args(memory_len=memory_len)
+        agent = script.ActorCritic(args, 4)
+        start = jnp.zeros((1, B, OBS)), jnp.zeros((1, B), bool), agent.initial_memory(B)
+        params = jax.eval_shape(agent.init, jax.random.key(0), *start)
+        operations.append(jax.jit(agent.apply).lower(params, *start).cost_analysis()["flops"])
+    positions = 2 * args.d_model * args.num_heads * args.d_head  # of one step, for all environments
+    keys_and_values = 2 * B * positions
+    assert operations[1] - operations[0] < 100 * args.num_layers * (positions + 0.1 * keys_and_values)
+
+
 @pytest.mark.slow
 def test_ratio_one_notices_a_missing_window():
     """Were learning to see further back than acting, as the authors' does, the ratio would not be 1."""
@@ -157,8 +174,8 @@ def test_ratio_one_notices_a_missing_window():
 
 
 def test_initial_parameters():
-    """The published count; Flax's own initialisers; nothing else but zeros, ones and the gate's bias of 2."""
-    assert count_parameters(script, script.Args()) == 1_617_925
+    """The published count, less the biases of keys; Flax's own initialisers; else zeros, ones, the gate's bias of 2."""
+    assert count_parameters(script, script.Args()) == 1_617_925 - 4 * 256  # layers x H d
     args = small_args(script, d_model=64, d_head=16)
     _, agent = build(script, args)
     obs, reset = jnp.zeros((1, 1, OBS)), jnp.ones((1, 1), bool)
@@ -167,7 +184,8 @@ def test_initial_parameters():
     np.testing.assert_array_equal(memory["GRUGate_0"]["bias"], np.full(64, 2.0))
     assert not np.any(memory["content_bias"]) and not np.any(memory["position_bias"])
     kernels = [memory[f"GRUGate_{i}"][name] for i in (0, 1) for name in ("Wr", "Wz", "Wg", "Ur", "Uz", "Ug")]
-    for kernel in (*kernels, memory["GTrXLAttention_0"]["kv"]["kernel"]):  # (64, n), of variance 1 / 64
+    key_value = np.concatenate([memory["GTrXLAttention_0"][name] for name in ("Wk", "Wv")], axis=1)
+    for kernel in (*kernels, key_value):  # (64, n), of variance 1 / 64
         assert abs(kernel.std() * 8 - 1) < 0.05 and abs(kernel.mean()) < 0.01
         assert np.abs(kernel[:, :64].T @ kernel[:, :64] - np.eye(64)).max() > 0.2, "not orthogonal"
     assert all(np.abs(a - b).max() > 0.1 for i, a in enumerate(kernels) for b in kernels[:i]), "drawn on their own"
