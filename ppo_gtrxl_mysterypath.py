@@ -72,7 +72,7 @@ class Args:
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
     num_heads: int = 4  # attention heads H
-    memory_len: int = 128  # past steps M that a step attends to in each layer (published: 128, 64 and 32)
+    memory_len: int = 128  # past steps M that a layer attends to; all L reach back L * M (published: 128, 64 and 32)
     d_actor: int = 256  # hidden width of the policy head
     d_critic: int = 256  # hidden width of the value head
 
@@ -151,8 +151,8 @@ class GRUGate(nn.Module):
 class WindowMemory(NamedTuple):
     """The last M steps, oldest first."""
 
-    inputs: jax.Array  # (B, L, M, D), what each layer read
-    visible: jax.Array  # (B, M) bool, the step belongs to the present episode
+    inputs: jax.Array  # (B, L, M, D), the input of each layer
+    visible: jax.Array  # (B, M) bool, the step belongs to the episode in progress
 
 
 def sinusoids(length: int, D: int) -> np.ndarray:
@@ -166,40 +166,39 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
 
         score(i, j) = ((q_i + content_bias) . (tokens_j Wk) + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
 
-    Inputs: q (T, B, H, d). tokens (M + T, B, D), of which Wk and Wv (D, H, d) make keys and values, start M steps
-    earlier, and so does episode (M + T, B), the number of each step's episode. The two biases (H, d). positions
-    (M + 1, H, d) of the distances i - j = 0 to M.
+    q (T, B, H, d) are the queries. tokens (M + T, B, D) begin M steps earlier; Wk and Wv (D, H, d) make their keys and
+    values. episode (M + T, B) numbers the episode of each token. The two biases are (H, d). positions (M + 1, H, d) has
+    a vector for each distance i - j from 0 to M.
 
     Time is cut into N blocks of C steps, each with the M + C tokens that its steps may see: the cost is linear in T.
     """
     T, M, d = len(q), len(positions) - 1, q.shape[-1]
-    C = min(T, M)
+    C = min(T, M)  # smaller blocks compute more keys twice, larger ones score more pairs outside the window
     # Steps of zeros fill the last block. They come last, so no other step sees them.
     q, tokens, episode = (jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)) for x in (q, tokens, episode))
     blocks = lambda x, size: jnp.stack([x[start : start + size] for start in range(0, T, C)])  # (N, size, ...)
-    q, tokens = blocks(q, C), blocks(tokens, M + C)  # (N, C, B, H, d), (N, M + C, B, D)
-    # einsum chooses the cheaper order: for a rollout, the keys, tokens Wk, come first; for a single step, q Wk, so that
-    # acting does not compute the keys of its whole window again in each step. Likewise with Wv below.
+    q, tokens, episode = blocks(q, C), blocks(tokens, M + C), blocks(episode, M + C)
+    # einsum takes the cheaper order: in a rollout mostly tokens Wk first, which are the keys; in a single step q Wk, so
+    # that acting does not compute the keys of its whole window again in each step. Likewise with Wv below.
     content = jnp.einsum("nibhd,njbD,Dhd->nbhij", q + content_bias, tokens, Wk)  # (N, B, H, C, M + C)
 
-    # In a block, query i sees the keys i to i + M. Column m of by_offset is for key i + m, at distance M - m, so row i
-    # must move i columns to the right (the relative shift of Transformer-XL). For that, C zeros lengthen each row to
-    # M + C + 1, and the numbers are cut into rows of M + C: each then starts one column further to the right.
+    # In a block, key M + i is query i's own step. Column m of by_offset is for key i + m, at distance M - m, so row i
+    # must move i columns to the right (the relative shift of Transformer-XL). For that, C times -inf lengthen each row
+    # to M + C + 1, and the numbers are cut into rows of M + C: each then starts one column further to the right than
+    # the row above. The -inf land on the keys outside the window, those before i and after M + i, and so mask them.
     by_offset = jnp.einsum("nibhd,mhd->nbhim", q + position_bias, positions[::-1])  # (N, B, H, C, M + 1)
-    flat = jnp.pad(by_offset, [(0, 0)] * 4 + [(0, C)]).reshape(*by_offset.shape[:3], -1)
-    position = flat[..., : C * (M + C)].reshape(content.shape)  # (N, B, H, C, M + C)
+    rows = jnp.pad(by_offset, [(0, 0)] * 4 + [(0, C)], constant_values=-jnp.inf)  # (N, B, H, C, M + C + 1)
+    position = rows.reshape(*rows.shape[:3], -1)[..., :-C].reshape(content.shape)  # (N, B, H, C, M + C)
 
-    offset = jnp.arange(M + C) - jnp.arange(C)[:, None]  # (C, M + C), key - query
-    in_window = (0 <= offset) & (offset <= M)  # offset M is the query's own step, so none is later
-    same_episode = blocks(episode[M:], C)[:, :, None] == blocks(episode, M + C)[:, None]  # (N, C, M + C, B)
-    visible = in_window & jnp.moveaxis(same_episode, -1, 1)  # (N, B, C, M + C)
-    score = jnp.where(visible[:, :, None], (content + position) / math.sqrt(d), -jnp.inf)
+    same_episode = episode[:, M:, None] == episode[:, None]  # (N, C, M + C, B), of query and key
+    visible = jnp.moveaxis(same_episode, -1, 1)[:, :, None]  # (N, B, 1, C, M + C)
+    score = jnp.where(visible, (content + position) / math.sqrt(d), -jnp.inf)
     out = jnp.einsum("njbD,nbhij,Dhd->nibhd", tokens, nn.softmax(score), Wv)  # (N, C, B, H, d)
     return out.reshape(-1, *out.shape[2:])[:T]
 
 
 class GTrXLAttention(nn.Module):
-    """Attention to itself and the M steps before. x (T, B, D), past (M, B, D), episode (M + T, B) -> (T, B, D)."""
+    """Attention of each step to itself and the M before. x (T, B, D), past (M, B, D), episode (M+T, B) -> (T, B, D)."""
 
     args: Args
 
@@ -208,12 +207,13 @@ class GTrXLAttention(nn.Module):
         T, B, D = x.shape
         M, H, d = self.args.memory_len, self.args.num_heads, self.args.d_head
         kernel = lambda name: self.param(name, nn.initializers.lecun_normal(), (D, H * d)).reshape(D, H, d)
-        # The published bias of the keys is left out: it raises all scores of a query alike, and softmax cancels that.
-        Wk, Wv, bias = kernel("Wk"), kernel("Wv"), self.param("bias", constant(0.0), (H, d))
+        Wk, Wv, bv = kernel("Wk"), kernel("Wv"), self.param("bv", constant(0.0), (H, d))
         tokens = nn.LayerNorm()(jnp.concatenate([past, x]))  # (M + T, B, D)
         q = nn.Dense(H * d, name="q")(x).reshape(T, B, H, d)  # of x without LayerNorm, as published
-        positions = nn.Dense(H * d, name="position")(sinusoids(M + 1, D)).reshape(M + 1, H, d)
-        out = window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, episode) + bias
+        # The published biases of keys and positions are left out: they shift all scores of a query alike, which softmax
+        # cancels. The bias of the values is added at the end: the weights sum to 1.
+        positions = nn.Dense(H * d, use_bias=False, name="position")(sinusoids(M + 1, D)).reshape(M + 1, H, d)
+        out = window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, episode) + bv
         return nn.Dense(D, name="out")(out.reshape(T, B, H * d))
 
 
@@ -225,7 +225,7 @@ class GTrXL(nn.Module):
     @nn.compact
     def __call__(self, x, reset, memory: WindowMemory):
         args, M = self.args, self.args.memory_len
-        # Episode 0 is the one that the memory ends in, and each reset starts the next; -1 is any before, or no step.
+        # Episode 0 is in progress when the memory ends, and each reset starts the next. -1: an earlier one, or no step.
         episode = jnp.concatenate([jnp.where(memory.visible.T, 0, -1), jnp.cumsum(reset, axis=0)])  # (M + T, B)
         zeros = lambda name: self.param(name, constant(0.0), (args.num_heads, args.d_head))
         biases = zeros("content_bias"), zeros("position_bias")  # u and v of Transformer-XL, shared by all layers
@@ -409,7 +409,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] would move x
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] crosses devices
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)

@@ -4,6 +4,7 @@
 
 The agent sees a cue at the start of a corridor. At the other end, 159 steps later, it must turn as the cue showed.
 Its memory is an LSTM (Hochreiter and Schmidhuber 1997); it is trained with PPO (Schulman et al. 2017).
+"Published" means by AGaLiTe's authors, for whom an LSTM is a baseline (Pramanik et al., TMLR 2024, arXiv 2310.15719).
 
 What to learn here: how to step a cell over time (`over_time`). For a memory of your own: docs/your_own.md.
 
@@ -196,7 +197,7 @@ class ActorCritic(nn.Module):
         actor, critic = nn.tanh(dense(self.args.d_actor)(x)), nn.tanh(dense(self.args.d_critic)(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.1))(actor) + noise  # (T, B, A)
         value = dense(1, bias_init=constant(self.args.initial_value))(critic)
-        value = value * (1 - self.args.gamma**steps_left)  # n equal rewards are worth this share of endless ones
+        value = value * (1 - self.args.gamma**steps_left)  # n equal rewards are worth 1 - gamma^n of endless ones
         return logits, value.squeeze(-1), memory  # (T, B, A), (T, B)
 
 
@@ -306,7 +307,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] would move x
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] crosses devices
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)

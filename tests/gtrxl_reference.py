@@ -39,10 +39,11 @@ def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
         tokens = xp.concatenate([xp.moveaxis(inputs[:, n], 1, 0), x])  # (M + T, B, D)
         new_inputs.append(tokens[-M:])
         k, v = (layer_norm(attention["LayerNorm_0"], tokens) @ attention[name] for name in ("Wk", "Wv"))
-        k, v = k.reshape(M + T, B, H, d), v.reshape(M + T, B, H, d) + attention["bias"]
-        k = k + np.linspace(-1, 1, H * d).reshape(H, d)  # the published bias, which we lack: any gives the same softmax
+        k, v = k.reshape(M + T, B, H, d), v.reshape(M + T, B, H, d) + attention["bv"]
+        published_bias = np.linspace(-1, 1, H * d).reshape(H, d)  # ours have none: with any, softmax gives the same
+        k = k + published_bias
         q = dense(attention["q"], x).reshape(T, B, H, d)
-        position = dense(attention["position"], xp.asarray(sinusoid)).reshape(T, M + T, H, d)
+        position = (sinusoid @ attention["position"]["kernel"]).reshape(T, M + T, H, d) - published_bias
         score = xp.einsum("ibhd,jbhd->ijbh", q + memory["content_bias"], k)
         score = score + xp.einsum("ibhd,ijhd->ijbh", q + memory["position_bias"], position)
         score = xp.where(sees[..., None], score / d**0.5, -1e30)

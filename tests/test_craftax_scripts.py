@@ -18,7 +18,7 @@ def script(request):
     return load(request.param)
 
 
-@pytest.mark.parametrize("name, count", [("ppo_agalite_craftax", 2_876_844), ("ppo_gtrxl_craftax", 2_694_700)])
+@pytest.mark.parametrize("name, count", [("ppo_agalite_craftax", 2_876_844), ("ppo_gtrxl_craftax", 2_693_676)])
 def test_parameter_count(name, count):
     """Of the default model on Craftax itself: what encoder and heads should have, and the memory of the T-Maze's size
     but for eta and the size of its input."""
