@@ -6,8 +6,9 @@ The context is GTrXL's --memory-len; the memories of the others have a size of t
 agent has the published size. Acting is a step of a batch of environments, one of 16 in a compiled loop as in a rollout;
 training is the gradient of a loss over 256 steps of 4 environments. Operations are counted in the traced program, peak
 memory is what the compiler reserves beyond inputs and outputs, state is what one environment carries. "GTrXL, cached"
-keeps keys and values while acting instead of layer inputs, which is the best that a window can do; it is checked to
-give the same outputs. Agents run in turn, so trust the ratios to GTrXL of the same length, and not the microseconds.
+keeps keys and values while acting instead of layer inputs; it is checked to give the same outputs. Agents run in turn,
+so trust the ratios to GTrXL of the same length, and not the microseconds.
+
 Leaves docs/inference.csv and docs/inference.png.
 """
 
