@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Mystery Path Grid-Easy with small agents whose encoder reads one tile at a time: the first table of
-# docs/mysterypath.md. 45 minutes on one core per agent and seed.
+# docs/mysterypath.md. On one core, a seed takes AGaLiTe 50 minutes and GTrXL 80.
 #
 #     benchmarks/mysterypath_tiles.sh [seed ...]
 set -euo pipefail
@@ -10,9 +10,9 @@ PATH="$PWD/.venv/bin:$PATH"
 flags=(
   --encode-tiles --num-channels 16 --num-layers 1 --d-head 32 --d-actor 64 --d-critic 64 --num-envs 32
   --learning-rate 4e-4 --anneal-lr --ent-coef 0.03 --gamma 0.97 --gae-lambda 0.9 --max-grad-norm 0.5
-  --eval-episodes 5000
+  --checkpoint-interval 100 --eval-episodes 5000
 )
 for seed in "${@:-1}"; do
   python ppo_agalite_mysterypath.py --seed "$seed" "${flags[@]}" --total-timesteps 1.15e7
-  python ppo_gtrxl_mysterypath.py --seed "$seed" "${flags[@]}" --d-model 64 --total-timesteps 7.5e6
+  python ppo_gtrxl_mysterypath.py --seed "$seed" "${flags[@]}" --d-model 64 --total-timesteps 2e7
 done
