@@ -100,7 +100,7 @@ def test_ratio_is_one_before_the_first_gradient_step(played):
     assert not reset[0].all(), "some begin in mid-episode"
     assert max(np.abs(x).max() for x in jax.tree.leaves(float64(played.memory))) > 0.1, "with a memory"
     logits, *_ = played.apply(played.params, played.transitions.obs, reset, played.memory)
-    assert np.abs(logits - logits.mean(-1, keepdims=True)).mean() > 0.3, "with a policy far from uniform"
+    assert np.abs(logits - logits.mean(-1, keepdims=True)).mean() > 0.2, "with a policy far from uniform"
     assert np.std(played.transitions.value) > 0.1
     # Linear attention divides by norm . q. Where that is nearly 0, rounding errors grow: with SSE4.2 a few of the 1536
     # steps of Craftax exceed 1e-4. The other memories divide by nothing of the kind.
