@@ -178,7 +178,7 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
     Time is cut into N blocks of C steps, each with the M + C tokens that its steps may see: the cost is linear in T.
     """
     T, M, d = len(q), len(positions) - 1, q.shape[-1]
-    C = min(T, M)  # smaller blocks compute more keys twice, larger ones score more pairs outside the window
+    C = min(T, M)  # smaller blocks share more keys with others, larger ones score more pairs outside the window
     # Steps of zeros fill the last block. They come last, so no other step sees them.
     q, tokens, episode = (jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)) for x in (q, tokens, episode))
     blocks = lambda x, size: jnp.stack([x[start : start + size] for start in range(0, T, C)])  # (N, size, ...)

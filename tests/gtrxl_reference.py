@@ -43,7 +43,7 @@ def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
         published_bias = np.linspace(-1, 1, H * d).reshape(H, d)  # ours have none: with any, softmax gives the same
         k = k + published_bias
         q = dense(attention["q"], x).reshape(T, B, H, d)
-        position = (sinusoid @ attention["position"]["kernel"]).reshape(T, M + T, H, d) - published_bias
+        position = (sinusoid @ attention["position"]["kernel"]).reshape(T, M + T, H, d) + published_bias[::-1]
         score = xp.einsum("ibhd,jbhd->ijbh", q + memory["content_bias"], k)
         score = score + xp.einsum("ibhd,ijhd->ijbh", q + memory["position_bias"], position)
         score = xp.where(sees[..., None], score / d**0.5, -1e30)
