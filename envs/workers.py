@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import queue
 import signal
@@ -24,7 +25,7 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.utils import write_to_shared_memory
 
-LEFT_TO_PARENT = {signal.SIGINT, signal.SIGTERM}
+LEFT_TO_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # those that `train` notes
 GRACE = 5.0  # seconds: for workers to end when asked to, before they are killed
 
 
@@ -42,15 +43,15 @@ class Workers(AsyncVectorEnv):
     That step returns the new episode's first observation. The last observation and info of the old episode are in
     info["final_obs"] and info["final_info"] (AutoresetMode.SAME_STEP).
 
-    A worker ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it. If a worker has died, any
-    method raises WorkerDied; if an environment raised an exception, WorkerFailed. Both say in one sentence which worker
-    and why. After either, only close() can be called. If a worker never answers, methods wait for it forever.
+    A worker ends with its parent, however that ends, and leaves the signals LEFT_TO_PARENT to it. If a worker has died,
+    any method raises WorkerDied; if an environment raised an exception, WorkerFailed. Both say in one sentence which
+    worker and why. After either, only close() can be called. If a worker never answers, methods wait for it forever.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env]]):
         self.failure = None
         self._starting = contextlib.ExitStack()
-        # Before multiprocessing's own, which would send SIGTERM and wait.
+        # Runs before multiprocessing's own, which would send SIGTERM, which workers ignore, and wait for them forever.
         atexit.register(_close, weakref.ref(self))
         try:
             with self._starting:
@@ -68,10 +69,13 @@ class Workers(AsyncVectorEnv):
         # Libraries start threads for all cores when they are loaded. A worker should use one.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             self._set(os.environ, name, os.environ.get(name, "1"))
-        # Ctrl-C goes to all processes of a terminal, a scheduler's SIGTERM often to all of a job. The parent may have
-        # something to finish, so from their first moment on its workers leave both to it.
+        # Ctrl-C and a closed terminal signal all of its processes, a scheduler often all of a job. The parent may have
+        # something to finish, so from their first moment on its workers leave these signals to it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
         self._starting.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+        # The first worker would start multiprocessing's resource tracker, which unblocks SIGINT and SIGTERM here.
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
 
     def _set(self, mapping, key, value):
         # Not mock.patch.dict: that would also take back what others, such as imports, change meanwhile.
@@ -95,10 +99,7 @@ class Workers(AsyncVectorEnv):
 
     def _raise_dead(self):
         ended = multiprocessing.connection.wait([process.sentinel for process in self.processes], GRACE)
-        dead = [(i, process) for i, process in enumerate(self.processes) if process.sentinel in ended]
-        for _, process in dead:
-            process.join()  # its exit code comes a moment after its pipes are closed
-        sentence = "; ".join(_describe_exit(i, process) for i, process in dead)
+        sentence = "; ".join(_describe_exit(i, x) for i, x in enumerate(self.processes) if x.sentinel in ended)
         self.failure = WorkerDied, sentence or "The pipe to a worker broke, though all of them run", None
         self._raise_failure()
 
@@ -167,6 +168,7 @@ def _close(workers: weakref.ref):
 
 
 def _describe_exit(index: int, process) -> str:
+    process.join()  # its exit code comes a moment after its pipes are closed
     code = process.exitcode
     reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return f"Worker {index} (process {process.pid}) {reason}"

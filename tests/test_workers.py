@@ -172,7 +172,8 @@ def make_env():
     return Tiny(100)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)
     envs = Workers([make_env] * 2)
     assert __name__ == "__main__" and sys.modules["__main__"].__file__
     modules = envs.call("modules")[0]
@@ -232,10 +233,13 @@ def in_session(session: int) -> list[int]:
 
 
 @LINUX
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_are_left_to_the_parent(tmp_path, number):
     """All processes get them, as from a terminal; the workers go on to serve until they are closed."""
     program, pids, _ = start(tmp_path, "time.sleep(60)", after="print(envs.reset(seed=1)[0].shape)")
+    for pid in pids:  # blocked since before the process began: a worker's import of gymnasium takes a while
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16) >> (number - 1) & 1
     os.killpg(program.pid, number)
     written, _ = program.communicate(timeout=600)
     assert written == "interrupted\n(2, 2)\nclosed\n"
