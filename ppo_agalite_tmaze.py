@@ -183,12 +183,13 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
     T, C = len(k), min(len(k), 16 if on_cpu else 128)
     expand = functools.partial(jnp.einsum, "...e,...d->...ed")
 
-    def recurrence(state, decay, inflow):  # -> decay_t state_{t-1} + inflow_t; on a GPU, of all C steps
+    def recurrence(state, decay, inflow):  # -> decay_t state_{t-1} + inflow_t; on a GPU of all C steps, (C, ...)
         if on_cpu:
             return decay * state + inflow
         # Two steps in a row are again such a step: a2 (a1 s + b1) + b2 = (a1 a2) s + (b1 a2 + b2).
         combine = lambda earlier, later: (earlier[0] * later[0], earlier[1] * later[0] + later[1])
-        return jax.lax.associative_scan(combine, (decay, inflow.at[0].add(decay[0] * state)))[1]
+        inflow = inflow.at[0].add(decay[0] * state)  # the state before the chunk enters with its first step
+        return jax.lax.associative_scan(combine, (decay, inflow))[1]
 
     def attend(memory, inputs):  # one step on a CPU; on a GPU a chunk, whose shapes start with an axis C
         reset, cos, k, q, v, beta, gamma, p1, p2, p3 = inputs
@@ -436,10 +437,10 @@ def update(args: Args, env, runner: RunnerState):
 
 
 def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dict[str, jax.Array]:
-    """Plays one whole episode in each of the E environments -> return, length and outcomes, (E,) each."""
-    E, (key, reset_key) = env.num_envs, jax.random.split(key)
+    """Plays one whole episode in each of the B environments -> the entries of info that env.outcomes names, (B,)."""
+    B, (key, reset_key) = env.num_envs, jax.random.split(key)
     obs, env_state = env.reset(reset_key, env.default_params)
-    results = {name: jnp.zeros(E) for name in env.outcomes.values()}
+    results = {name: jnp.zeros(B) for name in env.outcomes.values()}
 
     def step(carry):
         key, env_state, obs, reset, memory, finished, results = carry
@@ -450,7 +451,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
         results = {name: jnp.where(done & ~finished, info[name], old) for name, old in results.items()}
         return key, env_state, obs, done, memory, finished | done, results
 
-    carry = (key, env_state, obs, jnp.ones(E, bool), agent.initial_memory(E), jnp.zeros(E, bool), results)
+    carry = (key, env_state, obs, jnp.ones(B, bool), agent.initial_memory(B), jnp.zeros(B, bool), results)
     return jax.lax.while_loop(lambda carry: ~carry[-2].all(), step, carry)[-1]
 
 
@@ -586,7 +587,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
     for number, kind in enumerate(("sampled", "greedy"), start=1):
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
-        result = {name: np.asarray(values) for name, values in result.items()}  # (S, E) each
+        result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
         # Intervals over seeds, or over the episodes of one seed. Craftax's achievements (with a slash) are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}

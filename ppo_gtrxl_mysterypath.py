@@ -273,14 +273,14 @@ class ConvEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n), on a CPU about 8 images at a time, so that its cache holds all arrays."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: one step, or up to 8 images."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]
-    C = math.gcd(T, max(8 // B, 1))  # time steps per piece
+    steps = math.gcd(T, max(8 // B, 1))  # per piece
     encode = nn.remat(lambda encoder, carry, obs: (carry, encoder(obs)))  # computed again in the backward pass
     scan = nn.scan(encode, variable_broadcast="params", split_rngs={"params": False})
-    _, x = scan(encoder, None, obs.reshape(T // C, C, B, *obs.shape[2:]))  # (T / C, C, B, n)
+    _, x = scan(encoder, None, obs.reshape(T // steps, steps, B, *obs.shape[2:]))  # (T / steps, steps, B, n)
     return x.reshape(T, B, -1)
 
 
@@ -445,10 +445,10 @@ def update(args: Args, env, runner: RunnerState):
 
 
 def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dict[str, jax.Array]:
-    """Plays one whole episode in each of the E environments -> return, length and outcomes, (E,) each."""
-    E, (key, reset_key) = env.num_envs, jax.random.split(key)
+    """Plays one whole episode in each of the B environments -> the entries of info that env.outcomes names, (B,)."""
+    B, (key, reset_key) = env.num_envs, jax.random.split(key)
     obs, env_state = env.reset(reset_key, env.default_params)
-    results = {name: jnp.zeros(E) for name in env.outcomes.values()}
+    results = {name: jnp.zeros(B) for name in env.outcomes.values()}
 
     def step(carry):
         key, env_state, obs, reset, memory, finished, results = carry
@@ -459,7 +459,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
         results = {name: jnp.where(done & ~finished, info[name], old) for name, old in results.items()}
         return key, env_state, obs, done, memory, finished | done, results
 
-    carry = (key, env_state, obs, jnp.ones(E, bool), agent.initial_memory(E), jnp.zeros(E, bool), results)
+    carry = (key, env_state, obs, jnp.ones(B, bool), agent.initial_memory(B), jnp.zeros(B, bool), results)
     return jax.lax.while_loop(lambda carry: ~carry[-2].all(), step, carry)[-1]
 
 
@@ -595,7 +595,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
     for number, kind in enumerate(("sampled", "greedy"), start=1):
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
-        result = {name: np.asarray(values) for name, values in result.items()}  # (S, E) each
+        result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
         # Intervals over seeds, or over the episodes of one seed. Craftax's achievements (with a slash) are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}

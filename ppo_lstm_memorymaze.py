@@ -7,10 +7,9 @@ it has to find the object whose colour frames the image, so it should remember w
 Maze (Pasukonis et al., ICLR 2023). The memory is an LSTM (Hochreiter and Schmidhuber 1997). It is trained with PPO
 (Schulman et al. 2017).
 
-What to learn here: how to train with environments that are CPU processes. The rollout is a Python loop, and only acting
-and learning are compiled (`host_rollout`, `act`, `learn_from`). A checkpoint holds the TrainState, but not the mazes.
+What to learn here: how to train with environments that are CPU processes. The rollout is a loop on the host, in Python
+(`host_rollout`); only acting and learning are compiled (`act`, `learn_from`). Mazes are not part of a checkpoint.
 Model and learning are those of ppo_lstm_tmaze.py. To compare memories, `diff` this file with ppo_gtrxl_memorymaze.py.
-
 The published size, 100M steps, was not run. A small agent finds about 0.4 objects per episode after 750k steps, 70
 minutes on one CPU core; a random policy finds 0.16 (docs/memorymaze.md).
 
@@ -70,7 +69,7 @@ class Args:
     env_id: str = "MemoryMaze-9x9-v0"  # name of the environment (also 11x11, 13x13, 15x15; 3 to 6 objects)
 
     # The model
-    num_channels: int = 16  # channels of the encoder's first convolution (of its first stage; twice as many later)
+    num_channels: int = 16  # channels of the encoder's first convolution (and first stage; twice as many in the others)
     hidden_size: int = 600  # features D of the recurrent cell
     d_actor: int = 256  # hidden width of the policy head
     d_critic: int = 256  # hidden width of the value head
@@ -118,7 +117,7 @@ class Args:
 
 
 def make_env(args: Args, index: int = 0):
-    """-> a function that makes environment `index`. `Workers` calls it in a separate process."""
+    """-> a function that makes environment `index`. Each worker calls it in its process."""
     steps = MAX_STEPS[args.env_id.split("-")[1]]
     # All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
@@ -229,14 +228,14 @@ class ImpalaEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n), on a CPU about 8 images at a time, so that its cache holds all arrays."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: one step, or up to 8 images."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]
-    C = math.gcd(T, max(8 // B, 1))  # time steps per piece
+    steps = math.gcd(T, max(8 // B, 1))  # per piece
     encode = nn.remat(lambda encoder, carry, obs: (carry, encoder(obs)))  # computed again in the backward pass
     scan = nn.scan(encode, variable_broadcast="params", split_rngs={"params": False})
-    _, x = scan(encoder, None, obs.reshape(T // C, C, B, *obs.shape[2:]))  # (T / C, C, B, n)
+    _, x = scan(encoder, None, obs.reshape(T // steps, steps, B, *obs.shape[2:]))  # (T / steps, steps, B, n)
     return x.reshape(T, B, -1)
 
 
@@ -297,23 +296,23 @@ def begin_episodes(args: Args, envs, initial_memory, *purpose: int):
     return obs, np.ones(args.num_envs, bool), initial_memory
 
 
-def host_rollout(args: Args, envs, policy, current, key: jax.Array):
+def host_rollout(args: Args, envs, act_fn, current, key: jax.Array):
     """Act for T steps -> current, transitions (T, B, ...), value of the observation after them (B,), finished episodes.
 
-    policy is `act`, compiled and with its parameters. current is (obs, reset, memory), (B, ...) each, the input of the
-    next `act`. Finished episodes are pairs of return and length.
+    act_fn is `act`, compiled, with its params and greedy. current is (obs, reset, memory), (B, ...) each, the input of
+    the next `act`. Finished episodes are pairs of return and length.
     """
     transitions, episodes, (obs, reset, memory) = [], [], current
     for step_key in jax.random.split(key, args.num_steps):
-        action, log_prob, value, next_memory = policy(step_key, obs, reset, memory)
+        action, log_prob, value, next_memory = act_fn(step_key, obs, reset, memory)
         next_obs, reward, terminated, truncated, infos = envs.step(np.asarray(action))
         done = terminated | truncated
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset, memory = next_obs, done, next_memory
         if done.any():
-            counts = done & ~infos["final_info"].get("shortened", np.zeros_like(done))  # see make_env
+            counts = done & ~infos["final_info"].get("shortened", np.False_)  # see make_env
             episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
-    _, _, last_value, _ = policy(key, obs, reset, memory)  # its action is not used
+    _, _, last_value, _ = act_fn(key, obs, reset, memory)  # its action is not used
     transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)
     return (obs, reset, memory), transitions, last_value, episodes
 
@@ -399,20 +398,20 @@ def learn_from(args: Args, train_state: TrainState, key: jax.Array, start_memory
 def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: TrainState):
     """One rollout and the learning from it -> current, train_state, metrics, outcomes: means over finished episodes."""
     rollout_key, learn_key = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), int(train_state.step)))
-    policy, start_memory = functools.partial(act_jit, train_state.params, False), current[-1]
-    current, transitions, last_value, episodes = host_rollout(args, envs, policy, current, rollout_key)
+    act_fn, (_, _, start_memory) = functools.partial(act_jit, train_state.params, False), current  # False: not greedy
+    current, transitions, last_value, episodes = host_rollout(args, envs, act_fn, current, rollout_key)
     train_state, metrics = learn_jit(train_state, learn_key, start_memory, transitions, last_value)
     returns, lengths = np.mean(episodes or [(0.0, 0.0)], axis=0)
     outcomes = {"charts/episodic_return": returns, "charts/episodic_length": lengths}
     return current, train_state, metrics | {"charts/episodes": len(episodes)}, outcomes
 
 
-def host_evaluate(args: Args, envs, initial_memory, policy) -> np.ndarray:
+def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
     """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
     current, key, episodes = begin_episodes(args, envs, initial_memory, 1), jax.random.key(args.seed), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
-        current, _, _, ended = host_rollout(args, envs, policy, current, rollout_key)
+        current, _, _, ended = host_rollout(args, envs, act_fn, current, rollout_key)
         episodes += ended
     return np.array(episodes[: args.eval_episodes])  # the first to end: no bias, since all are equally long
 
@@ -535,8 +534,8 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
     """Evaluates the parameters with sampled and with greedy actions."""
     results = {}
     for kind in ("sampled", "greedy"):
-        policy = functools.partial(act_jit, params, kind == "greedy")
-        returns, lengths = host_evaluate(args, envs, initial_memory, policy).T
+        act_fn = functools.partial(act_jit, params, kind == "greedy")
+        returns, lengths = host_evaluate(args, envs, initial_memory, act_fn).T
         results[kind] = {"episodic_return": [returns.mean()], "episodic_length": [lengths.mean()]}
         half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
         shown = f"{returns.mean():.3g}" + (f" ± {half(returns):.2g}" if returns.size > 1 else "")
@@ -567,7 +566,8 @@ def main(args: Args) -> None:
         sharded = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
         replicated, by_env, by_time = sharded(), sharded("device"), sharded(None, "device")
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
-        of_act, of_learn = (replicated,) * 3 + (by_env,) * 3, (replicated, replicated, by_env, by_time, by_env)
+        of_act = (replicated,) * 3 + (by_env,) * 3  # params, greedy, key; obs, reset, memory
+        of_learn = (replicated,) * 2 + (by_env, by_time, by_env)  # train_state, key; memory, transitions, last_value
         act_jit = jax.jit(functools.partial(act, agent), in_shardings=of_act, out_shardings=by_env)
         learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=of_learn, out_shardings=replicated)
         init_jit = jax.jit(functools.partial(init_learner, args, envs, agent), out_shardings=replicated)

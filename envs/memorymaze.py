@@ -114,7 +114,7 @@ def load() -> types.SimpleNamespace:
         tasks=tasks,
         MjModel=MjModel,
         Hooks=environment._EnvironmentHooks,
-        Renderer=_render.Renderer,
+        GL=_render.Renderer,
     )
 
 
@@ -194,7 +194,7 @@ class MazeFactory:
         world.insert(list(world).index(world.find("geom[@name='ground']")) + 1, ElementTree.Comment("geoms"))
         world.find("body[@name='maze_body']").append(ElementTree.Comment("walls"))
         for target in self.task._targets:
-            name = self._frame(target).full_identifier
+            name = self._attachment(target).full_identifier
             world.find(f"body[@name='{name}']").set("pos", f"position of {name}")
         self.template = ElementTree.tostring(root, "unicode")
 
@@ -206,6 +206,7 @@ class MazeFactory:
         """Yields None after each build step, and finally the Episode: the package's first one with that seed."""
         mjcf, task, arena = self.modules.mjcf, self.task, self.arena
         random = np.random.RandomState(seed)
+        # As in the package's constructor, the first number drawn is the maze's seed.
         arena._maze = self._text_maze(random.randint(2147483648))
         yield
         self.hooks.initialize_episode_mjcf(random)
@@ -246,15 +247,15 @@ class MazeFactory:
         with mock.patch.multiple(self.arena, _mjcf_root=root, _maze_body=self.walls):
             type(self.arena).regenerate(self.arena, random)
 
-    def _frame(self, target):
+    def _attachment(self, target):
         return self.modules.mjcf.get_attachment_frame(target.mjcf_model)
 
     def _xml(self) -> str:
         xml = self.template
         for name, builder in (("materials", self.materials), ("geoms", self.geoms), ("walls", self.walls)):
             xml = xml.replace(f"<!--{name}-->", "".join(builder.lines))
-        for frame in map(self._frame, self.task._targets):
-            xml = xml.replace(f"position of {frame.full_identifier}", " ".join(repr(float(x)) for x in frame.pos))
+        for body in map(self._attachment, self.task._targets):
+            xml = xml.replace(f"position of {body.full_identifier}", " ".join(repr(float(x)) for x in body.pos))
         return xml
 
 
@@ -266,9 +267,9 @@ class Renderer:
 
     def __init__(self, factory: MazeFactory, side: int):
         self.mujoco, self.side = factory.modules.mujoco, side
-        self.gl = factory.modules.Renderer(side, side)
+        self.gl = factory.modules.GL(side, side)
         model = factory.textured_model()
-        self.textures = self._on_gl(self._context, model)
+        self.textures = self._on_gl(self._make_context, model)
         self.names = self._texture_names(model)
         self.options, self.perturbation = self.mujoco.MjvOption(), self.mujoco.MjvPerturb()
         self.context = None
@@ -278,7 +279,7 @@ class Renderer:
         self.unload()
         self.model, self.data = model, data = episode.model, episode.data
         assert self._texture_names(model) == self.names
-        self.context = self._on_gl(self._context, model)
+        self.context = self._on_gl(self._make_context, model)
         self.own_textures = self.context.texture.copy()
         self.context.texture[:] = self.textures.texture
         self.scene = self.mujoco.MjvScene(model, model.ngeom + 100)
@@ -286,8 +287,8 @@ class Renderer:
 
         # (walls and floor, 4, 3), the positions of their corners: they are flat and never move.
         [flat] = np.nonzero((model.geom_type == self.mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0))
-        axes = data.geom_xmat[flat].reshape(-1, 3, 3)[..., :2]
-        sides = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * model.geom_size[flat, None, :2]
+        axes = data.geom_xmat[flat].reshape(-1, 3, 3)[..., :2]  # (n, 3, 2), the two directions along each of n
+        sides = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * model.geom_size[flat, None, :2]  # (n, 4, 2)
         self.flat, self.corners = flat, data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes, sides)
 
     def draw(self, camera: str, side: int, everything: bool = True) -> np.ndarray:
@@ -302,9 +303,9 @@ class Renderer:
         mujoco.mjv_updateScene(
             model, data, self.options, self.perturbation, view, mujoco.mjtCatBit.mjCAT_ALL.value, self.scene
         )
-        image, frame = np.empty((side, side, 3), np.uint8), mujoco.MjrRect(0, 0, side, side)
-        self._on_gl(mujoco.mjr_render, frame, self.scene, self.context)
-        self._on_gl(mujoco.mjr_readPixels, image, None, frame, self.context)
+        image, rectangle = np.empty((side, side, 3), np.uint8), mujoco.MjrRect(0, 0, side, side)
+        self._on_gl(mujoco.mjr_render, rectangle, self.scene, self.context)
+        self._on_gl(mujoco.mjr_readPixels, image, None, rectangle, self.context)
         return image[::-1]
 
     def _out_of_view(self, camera: int) -> np.ndarray:
@@ -314,7 +315,8 @@ class Renderer:
         a pixel of a back shows where two fronts meet.
         """
         corners = self.corners - self.data.cam_xpos[camera]
-        x, y, z = np.moveaxis(corners @ self.data.cam_xmat[camera].reshape(3, 3), -1, 0)
+        x, y, z = np.moveaxis(corners @ self.data.cam_xmat[camera].reshape(3, 3), -1, 0)  # (n, 4) each
+        # Within the image, |x| and |y| are at most this. With 1e-3 more, no wall is lost to rounding.
         reach = -z * np.tan(np.radians(self.model.cam_fovy[camera]) / 2) + 1e-3
         return (x > reach).all(1) | (x < -reach).all(1) | (y > reach).all(1) | (y < -reach).all(1) | (z > 0).all(1)
 
@@ -322,7 +324,7 @@ class Renderer:
         with self.gl.make_current() as thread:
             return thread.call(function, *args)
 
-    def _context(self, model):
+    def _make_context(self, model):
         model.vis.global_.offwidth = model.vis.global_.offheight = self.side
         model.vis.quality.shadowsize = 0  # no light casts shadows; the package's unused map of them takes 64 MB
         context = self.mujoco.MjrContext(model, self.mujoco.mjtFontScale.mjFONTSCALE_50)
@@ -427,9 +429,9 @@ class MemoryMaze(gymnasium.Env):
             contacts.append(data.contact.geom.copy())  # a copy: the next substep overwrites the array
         if data.warning.number.any():
             raise RuntimeError("MuJoCo warns that the physics has become unstable")
-        self.contacts = contacts = np.concatenate(contacts)  # (contacts of all substeps, 2), pairs of geoms
+        self.contacts = np.concatenate(contacts)  # (contacts of all substeps, 2), pairs of geoms; kept for a test
         for i, geom in enumerate(episode.geoms):
-            episode.touched[i] |= bool((contacts == geom).any())
+            episode.touched[i] |= bool((self.contacts == geom).any())
 
         reward = 0.0
         for i, material in enumerate(episode.materials):
@@ -449,9 +451,9 @@ class MemoryMaze(gymnasium.Env):
                 return target
 
     def _observe(self) -> np.ndarray:
-        return self._frame(self.renderer.draw("walker/egocentric", VIEW, everything=False))
+        return self._add_border(self.renderer.draw("walker/egocentric", VIEW, everything=False))
 
-    def _frame(self, image: np.ndarray) -> np.ndarray:
+    def _add_border(self, image: np.ndarray) -> np.ndarray:
         """-> the image with a border in the colour of the target, of 2 pixels in 64"""
         width = 2 * len(image) // VIEW
         framed = np.empty_like(image)
@@ -461,7 +463,7 @@ class MemoryMaze(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         """-> (384, 768, 3) uint8"""
-        view = self._frame(self.renderer.draw("walker/egocentric", LARGE_VIEW))
+        view = self._add_border(self.renderer.draw("walker/egocentric", LARGE_VIEW))
         return np.concatenate([view, self.renderer.draw("top_camera", LARGE_VIEW)], axis=1)
 
     def close(self):

@@ -1,7 +1,7 @@
 """Wrappers for environments with the interface of Craftax: `reset(key, params)`, `step(key, state, action, params)`.
 
-They stack in one of three ways, by what a reset costs (TimeAwareObservation and EpisodeNoise go around
-EpisodeStatistics, in this order):
+They stack in one of three ways, by what a reset costs. Two more go around EpisodeStatistics, like this:
+EpisodeNoise(TimeAwareObservation(EpisodeStatistics(env)), scale).
 
     VectorEnv(AutoReset(EpisodeStatistics(env)), num_envs)            a first state for each environment in each step
     OptimisticReset(EpisodeStatistics(env), num_envs, reset_ratio)    one for every reset_ratio of them
@@ -192,7 +192,7 @@ class OptimisticReset(VectorEnv):
 
     def __init__(self, env, num_envs: int, reset_ratio: int):
         if reset_ratio < 1 or num_envs % reset_ratio:
-            raise ValueError(f"num_envs {num_envs}: not divisible by {reset_ratio}, the environments per fresh start")
+            raise ValueError(f"num_envs {num_envs}: not divisible by reset_ratio {reset_ratio}")
         super().__init__(env, num_envs)
         self.num_fresh = num_envs // reset_ratio
         self.fresh_per_group = math.gcd(self.num_fresh, 4)  # more would repeat fewer worlds, but suit fewer devices
@@ -206,7 +206,7 @@ class OptimisticReset(VectorEnv):
 
         def restart_finished(fresh, done, current):
             """In one group: fresh (obs, state) (fresh_per_group, ...), done (n,), current (obs, state) (n, ...)."""
-            turn = (jnp.cumsum(done) - 1) % self.fresh_per_group  # (n,), counts those that finish
+            turn = (jnp.cumsum(done) - 1) % self.fresh_per_group  # (n,): the k-th to finish gets the k-th fresh one
             restart = lambda done, i, now: jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, now)
             return jax.vmap(restart)(done, turn, current)
 

@@ -54,7 +54,7 @@ REFUSED = [
     ("--num-distractors -1", "num_distractors -1", "at least 0"),
     ("--env-id Nothing-v9", "env_id Nothing-v9", "-v"),
     ("--optimistic-reset-ratio 24", "not divisible by", "24"),
-    ("--optimistic-reset-ratio 0", "0", "not divisible by 0"),
+    ("--optimistic-reset-ratio 0", "0", "not divisible by reset_ratio 0"),
     ("--chrono-steps 0.5", "--chrono-steps 0.5", "must be at least 1"),
     ("--num-layers 0", "--num-layers 0", "must be at least 1"),
     ("--r 0", "--r 0", "must be at least 1"),

@@ -496,5 +496,5 @@ def test_optimistic_reset_is_a_vector_env():
 
 @pytest.mark.parametrize("num_envs, reset_ratio", [(10, 4), (4, 16), (4, 0)])
 def test_optimistic_reset_of_sizes_that_cannot_work(num_envs, reset_ratio):
-    with pytest.raises(ValueError, match=f"^num_envs {num_envs}: not divisible by {reset_ratio}, "):
+    with pytest.raises(ValueError, match=f"^num_envs {num_envs}: not divisible by reset_ratio {reset_ratio}"):
         OptimisticReset(TMaze(), num_envs, reset_ratio)
