@@ -113,7 +113,7 @@ class MysteryPath:
 
     def __init__(self, env_id: str = "MysteryPath-Grid-Easy-v0"):
         if env_id not in ENVIRONMENTS:
-            raise ValueError(f"env_id {env_id}: not known, choose one of {', '.join(ENVIRONMENTS)}")
+            raise ValueError(f"env_id {env_id}: there are {', '.join(ENVIRONMENTS)}")
         self.on_grid = "Grid" in env_id
         self.default_params = ENVIRONMENTS[env_id]
 

@@ -1,4 +1,4 @@
-"""Runs the scripts as a user does: a command, from a folder of its own."""
+"""Runs the scripts as a user does: a command, from an empty folder."""
 
 import atexit
 import csv
@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from common import CRAFTAX, MEMORYMAZE, assert_identical, data, load, quick_compiler_options
 
 REPOSITORY = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ SMALL_FLAGS = {
     "num_channels": 2, "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 10,
     "anneal_lr": False,  # or a run could not be made longer
 }  # fmt: skip
-BATCH = 4 * 16  # environment steps of an update with these flags
+BATCH = 4 * 16  # environment steps per update with these flags
 PATIENCE = 3600  # seconds, for a process that hangs; a busy machine must not fail a test
 
 
@@ -62,7 +63,7 @@ ENVIRONMENT = os.environ | {
 def start(
     script: str, *flags, cwd: Path, small: bool = True, stand_in: bool = True, path: Path | None = None, **options
 ) -> subprocess.Popen:
-    """Starts `python script.py flags` in cwd; of Craftax and Memory Maze with a stand-in, unless told otherwise.
+    """Starts `python script.py flags` in cwd; of Craftax and Memory Maze with a stand-in, if `stand_in`.
 
     path: of an edited copy of the script, to run in its place.
     """
@@ -132,6 +133,32 @@ def wait_for_row(process: subprocess.Popen, cwd: Path, number: int):
     while not any(len(rows(path.parent)) >= number for path in cwd.glob("runs/*/metrics.csv")):
         assert process.poll() is None and time.time() < deadline, finish(process)
         time.sleep(0.02)
+
+
+def wait_until(condition):
+    """Waits for something that happens soon, on a busy machine later."""
+    deadline = time.time() + PATIENCE
+    while not condition():
+        assert time.time() < deadline, "in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether that process runs, on Linux."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def refusal(script: str, argv: list[str], capsys) -> str:
+    """What parse_args prints as it refuses, as one line."""
+    with pytest.raises(SystemExit) as refused:
+        load(script).parse_args(argv)
+    assert refused.value.code not in (0, None)
+    printed = capsys.readouterr().err + (refused.value.code if isinstance(refused.value.code, str) else "")
+    assert "Traceback" not in printed
+    return " ".join(printed.replace("│", " ").split())
 
 
 def steps(folder: Path) -> list[int]:

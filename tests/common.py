@@ -44,7 +44,7 @@ SMALL = {
     "corridor_len": 2, "num_distractors": 3, "max_episode_steps": 7, "logit_noise": 0.7,
     "num_layers": 2, "d_model": 12, "d_head": 5, "d_ffc": 10, "num_heads": 2, "eta": 3, "r": 4, "memory_len": 5,
     "hidden_size": 11, "optimistic_reset_ratio": 4,
-    "d_encoder": 13, "d_actor": 9, "d_critic": 11,
+    "d_encoder": 13, "num_channels": 4, "d_actor": 9, "d_critic": 11,
     "num_envs": 8, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 1280,
     "gamma": 0.8,  # so that the few steps that are left until the time limit make a difference
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it from an empty folder: what a run leaves, and what it refuses."""
 
 import dataclasses
+import inspect
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from cli import (
     finished,
     folder_of,
     import_copy,
+    refusal,
     rows,
     run,
     small_flags,
@@ -23,7 +25,7 @@ from cli import (
     start,
     steps,
 )
-from common import FIRST, SCRIPTS, load, quick_jit, slow_but
+from common import FIRST, MEMORYMAZE, SCRIPTS, TMAZE, load, quick_jit, slow_but, tiny_args
 
 # Flags, and what the one sentence must name: the value, and the rule or the way out. Asked of the scripts that have the
 # first flag.
@@ -52,7 +54,7 @@ REFUSED = [
     ("--corridor-len abc", "--corridor-len", "abc"),
     ("--max-episode-steps 19 --corridor-len 20", "max_episode_steps 19", "at least 20"),
     ("--num-distractors -1", "num_distractors -1", "at least 0"),
-    ("--env-id Nothing-v9", "env_id Nothing-v9", "-v"),
+    ("--env-id Nothing-v9", "env_id Nothing-v9", "there are"),
     ("--optimistic-reset-ratio 24", "not divisible by", "24"),
     ("--optimistic-reset-ratio 0", "0", "not divisible by reset_ratio 0"),
     ("--chrono-steps 0.5", "--chrono-steps 0.5", "must be at least 1"),
@@ -69,16 +71,6 @@ def refused_of(script: str) -> list[tuple]:
     fields = {field.name for field in dataclasses.fields(load(script).Args)}
     flags_of = lambda flags: {flag[2:].replace("-", "_") for flag in flags.split() if flag.startswith("--")}
     return [case for case in REFUSED if flags_of(case[0]) <= fields | {"no_such_flag"}]
-
-
-def refusal(script: str, argv: list[str], capsys) -> str:
-    """What parse_args says as it refuses, as one line."""
-    with pytest.raises(SystemExit) as refused:
-        load(script).parse_args(argv)
-    assert refused.value.code not in (0, None)
-    said = capsys.readouterr().err + (refused.value.code if isinstance(refused.value.code, str) else "")
-    assert "Traceback" not in said
-    return " ".join(said.replace("│", " ").split())
 
 
 CASES = [(script, *case) for script in SCRIPTS for case in refused_of(script)]
@@ -171,20 +163,28 @@ def test_evaluate_only_evaluates(script, tmp_path):
     assert set(after) == set(before) | {"evaluation.json"}
     assert after["evaluation.json"] == (finished(script) / "evaluation.json").read_bytes()
     assert "Evaluation, sampled actions" in out
-    out, err = run(script, "--evaluate", folder, "--eval-episodes", 1, cwd=tmp_path, small=False)
+    # In another environment: the limit of 40 steps is the shortest way, so all episodes have this length.
+    flags = "--eval-episodes", 1, "--corridor-len", 40, "--capture-video"
+    out, err = run(script, "--evaluate", folder, *flags, cwd=tmp_path, small=False)
     assert "1 episodes" in out and "±" not in out and "Warning" not in err, "one episode has no interval"
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["sampled"]["episodic_length"] == [40] and (folder / "episode.gif").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_finished_run_can_be_extended(script, tmp_path):
     """--resume with more --total-timesteps goes on where a finished run ended, keeps its rows, and the clock goes on.
-    A copy of the script in which a metric has another name leaves both columns."""
+    A copy of the script in which a metric has another name leaves both columns. Other devices may do the rest: two of
+    these four, because a minibatch has two environments."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     before = rows(folder)
     renamed = edited(script, tmp_path, ('"losses/entropy": entropy', '"losses/entropy_of_policy": entropy'))
-    run(script, "--resume", folder, "--total-timesteps", 220 * BATCH, cwd=tmp_path, small=False, path=renamed)
+    four = ENVIRONMENT | {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
+    flags = "--resume", folder, "--total-timesteps", 220 * BATCH
+    out, _ = run(script, *flags, cwd=tmp_path, small=False, path=renamed, env=four)
+    assert "Using 2 of 4 devices" in out
     after = rows(folder)
     assert [row | {"losses/entropy_of_policy": ""} for row in before] == after[:200]
     assert all(row["losses/entropy"] == "" and float(row["losses/entropy_of_policy"]) > 0 for row in after[200:])
@@ -216,8 +216,10 @@ def test_switches_of_jax(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [*FIRST, "ppo_agalite_memorymaze"])
-@pytest.mark.parametrize("key, reason", [("", "No API key"), ("a" * 40, "")])
+@pytest.mark.parametrize(
+    "script, key, reason",
+    [(*FIRST, "", "No API key"), (*FIRST, "a" * 40, ""), ("ppo_agalite_memorymaze", "", "No API key")],
+)
 def test_without_weights_and_biases_nothing_begins(script, key, reason, tmp_path):
     """If nobody is logged in, or the server cannot be reached, the error of W&B is the one sentence, and no arguments
     are left."""
@@ -231,14 +233,47 @@ def test_without_weights_and_biases_nothing_begins(script, key, reason, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypatch):
-    """A row per update at its global_step, also of a resumed run, and the evaluation at the end."""
+    """A row per update and seed at its global_step, also of a resumed run, and the evaluation at the end. A resumed run
+    goes on in W&B as well, under the name of its folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", quick_jit)
-    tracker, module = mock.Mock(), load(script)
-    monkeypatch.setattr(module.wandb, "init", lambda **_: tracker)
-    for updates, flags in ((2, small_flags(script)), (4, ["--resume"])):
+    tracker, module, started = mock.Mock(), load(script), []
+    monkeypatch.setattr(module.wandb, "init", lambda **options: started.append(options) or tracker)
+    for updates, flags in ((2, [*small_flags(script), "--num-seeds", "2"]), (4, ["--resume"])):
         folder = [str(path) for path in tmp_path.glob("runs/*")]
         module.main(module.parse_args([*flags, *folder, "--track", "--total-timesteps", str(updates * BATCH)]))
+    assert {(options["id"], options["resume"]) for options in started} == {(folder_of(tmp_path).name, "allow")}
     calls = [(call.kwargs.get("step"), call.args[0]) for call in tracker.log.call_args_list]
-    assert [step for step, _ in calls] == [BATCH, 2 * BATCH, None, 3 * BATCH, 4 * BATCH, None]
-    assert all(("eval/success" if step is None else "losses/entropy") in row for step, row in calls)
+    of_update = lambda number: [(number * BATCH, f"seed_{seed}/losses/entropy") for seed in (1, 2)]
+    evaluation = [(None, "eval/success")]
+    expected = [*of_update(1), *of_update(2), *evaluation, *of_update(3), *of_update(4), *evaluation]
+    assert [step for step, _ in calls] == [step for step, _ in expected]
+    assert all(name in row for (_, row), (_, name) in zip(calls, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", SCRIPTS + MEMORYMAZE)
+def test_help_shows_every_flag(name, capsys):
+    """--help names each flag with its comment."""
+    script = load(name)
+    with pytest.raises(SystemExit) as ended:
+        script.parse_args(["--help"])
+    shown = "".join(x for x in capsys.readouterr().out if x.isalnum() or x in "-_")  # without boxes and line breaks
+    assert ended.value.code == 0
+    lines = {line.strip().split(":")[0]: line for line in inspect.getsource(script.Args).splitlines() if "  # " in line}
+    for field in dataclasses.fields(script.Args):
+        comment = lines[field.name].split("  # ")[1]
+        assert f"--{field.name.replace('_', '-')}" in shown
+        assert "".join(x for x in comment if x.isalnum() or x in "-_") in shown, comment
+
+
+@pytest.mark.parametrize("name", TMAZE)
+def test_evaluations_have_no_exploration_noise(name, tmp_path, monkeypatch):
+    """The evaluation and the video are of the policy alone."""
+    module, seen = load(name), []
+    monkeypatch.setattr(jax, "jit", quick_jit)
+    monkeypatch.setattr(module, "train", lambda args, update, state, *_: state)
+    monkeypatch.setattr(module, "plot_learning_curves", lambda *_: None)
+    monkeypatch.setattr(module, "report", lambda args, env, *_: seen.append(env))
+    monkeypatch.setattr(module, "record_video", lambda env, *_: seen.append(env))
+    module.main(tiny_args(module, runs_dir=str(tmp_path), eval_episodes=5, capture_video=True))
+    assert [(env.num_envs, env.scale) for env in seen] == [(5, 0), (1, 0)]

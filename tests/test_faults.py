@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from cli import (
     steps,
     wait_for_row,
 )
-from common import FIRST, assert_identical, load, quick_jit
+from common import FIRST, assert_identical, load, quick_jit, tiny_args
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,7 @@ FLAGS = ["--total-timesteps", 200 * BATCH, "--checkpoint-interval", 20]  # those
 
 @pytest.mark.parametrize("script", FIRST)
 def test_run_killed_before_its_first_checkpoint(script, tmp_path):
-    """Where a run was killed before it saved anything, --resume says so in a sentence."""
+    """If a run was killed before it saved anything, --resume says so in a sentence."""
     process = start(script, *FLAGS, cwd=tmp_path)
     while not list(tmp_path.glob("runs/*/args.json")):
         assert process.poll() is None
@@ -81,6 +82,26 @@ def test_nohup_is_respected(script, tmp_path):
     process.send_signal(signal.SIGHUP)
     finish(process)
     assert len(rows(folder_of(tmp_path))) == 200
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_a_second_signal_ends_the_run(script, tmp_path):
+    """The first one is noted, and the default action is back for the next one, so that it need not wait."""
+    module, seen = load(script), []
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+    def update(state):
+        signal.raise_signal(signal.SIGUSR1)
+        seen.append(signal.getsignal(signal.SIGUSR1))
+        return state, {"charts/episodes": np.zeros(1, int)}, {}
+
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            module.train(tiny_args(module), update, None, 0, tmp_path, mock.Mock(all_steps=lambda: []), None, [])
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, before[number])
+    assert seen == [signal.SIG_DFL] and stopped.value.code == 128 + signal.SIGUSR1
 
 
 @pytest.mark.parametrize("script", FIRST)

@@ -56,9 +56,9 @@ class Learning:
         for _ in range(args.num_updates):
             updated = self.script.host_update(args, envs, self.act, self.learn, current, train_state)
             current, train_state, _, outcomes = updated
+            assert train_state.params["forgets"] == forgets, "no gradient has moved it"
             returns.append(outcomes["charts/episodic_return"])
             yield np.mean(returns[-4:])
-        assert train_state.params["forgets"] == forgets, "no gradient has moved it"
 
     def updates_to_learn(self, seed: int) -> int | None:
         """-> updates until the success is 0.9."""

@@ -3,15 +3,13 @@
 What is the same text in the other scripts (tests/test_sync.py) is tested there.
 """
 
-import ast
+import contextlib
 import dataclasses
 import functools
-import inspect
 import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import flax.linen as nn
@@ -22,16 +20,19 @@ import pytest
 from cli import (
     BATCH,
     ENVIRONMENT,
+    alive,
     checkpoint,
     finish,
     folder_of,
     lasting,
+    refusal,
     rows,
     run,
     snapshot,
     start,
     steps,
     wait_for_row,
+    wait_until,
 )
 from common import (
     MEMORYMAZE,
@@ -49,7 +50,7 @@ from cue_maze import STEPS, in_turn, make_env
 from PIL import Image
 
 FIRST = ["ppo_agalite_memorymaze"]  # for what is the same text in all of them
-SIZES = {"num_envs": 8, "num_steps": 18, "num_minibatches": 2, "total_timesteps": 10**4}
+SIZES = {"num_envs": 8, "num_steps": 18, "num_minibatches": 2, "total_timesteps": 10**4, "num_channels": 16}
 
 
 @pytest.fixture(scope="module", params=slow_but(MEMORYMAZE, ["ppo_lstm_memorymaze"]))
@@ -326,14 +327,6 @@ def test_encoder_is_made_of_convolutions(name):
 
 
 @pytest.mark.parametrize("name", MEMORYMAZE)
-def test_every_flag_is_read(name):
-    """No flag of Args goes unused."""
-    script = load(name)
-    names = {node.attr for node in ast.walk(ast.parse(inspect.getsource(script))) if isinstance(node, ast.Attribute)}
-    assert {field.name for field in dataclasses.fields(script.Args)} <= names
-
-
-@pytest.mark.parametrize("name", MEMORYMAZE)
 def test_learning_rate(name):
     """Constant; or linear from update to update, and 1 / num_updates of it in the last."""
     args = small_args(load(name), **SIZES | {"total_timesteps": 5 * 8 * 18}, update_epochs=3)
@@ -346,8 +339,11 @@ def test_learning_rate(name):
 # --------------------------------------------------------------------------------------------------- The command line
 def children(pid: int) -> list[int]:
     """The processes that a process has started and that have not ended."""
-    pids = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in pids for child in path.read_text().split()]
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # that thread has just ended
+            found += map(int, path.read_text().split())
+    return found
 
 
 def workers_of(process) -> list[int]:
@@ -357,17 +353,8 @@ def workers_of(process) -> list[int]:
 
 
 def assert_gone(pids: list[int]):
-    deadline = time.time() + 20
-    while any(Path(f"/proc/{pid}").exists() and b"Z" not in status(pid) for pid in pids):
-        assert time.time() < deadline, "orphans"
-        time.sleep(0.05)
-
-
-def status(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return b"Z"
+    """They end soon, no orphans are left."""
+    wait_until(lambda: not any(map(alive, pids)))
 
 
 def begun(script, cwd, *flags, row=3, **options):
@@ -413,22 +400,24 @@ def test_run_leaves_what_it_promises(script, tmp_path):
 @pytest.mark.parametrize("script", FIRST)
 def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
     """Parameters and optimizer are those of the checkpoint: two copies of a killed run, resumed separately, end with
-    the same bits, a little way from those saved."""
+    the same bits, a little way from those saved. The killed run leaves no orphans."""
     process, pids = begun(script, tmp_path, row=25)
     process.kill()
     finish(process, expect=-signal.SIGKILL)
     assert_gone(pids)
     folder = folder_of(tmp_path)
     saved, copy = steps(folder)[-1], tmp_path / "copy"
-    assert saved == 20
+    assert saved >= 20 and saved % 20 == 0
     shutil.copytree(folder, copy)
     for each in (folder, copy):
         args = json.loads((each / "args.json").read_text())
-        (each / "args.json").write_text(json.dumps(args | {"total_timesteps": 22 * BATCH}))
+        (each / "args.json").write_text(json.dumps(args | {"total_timesteps": (saved + 2) * BATCH}))
         run(script, "--resume", each, cwd=tmp_path, small=False)
     assert_identical(checkpoint(folder), checkpoint(copy))
-    assert lasting(folder) == lasting(copy) and [int(row["update"]) for row in rows(folder)] == list(range(1, 23))
-    params = [checkpoint(folder, number)["params"] for number in (20, 22)]
+    assert lasting(folder) == lasting(copy) and [int(row["update"]) for row in rows(folder)] == list(
+        range(1, saved + 3)
+    )
+    params = [checkpoint(folder, number)["params"] for number in (saved, saved + 2)]
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.05, "two updates away from those saved"
 
@@ -455,16 +444,6 @@ def test_killed_worker_is_named(script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
-def test_killed_run_leaves_no_orphans(script, tmp_path):
-    """kill -9 of the run itself ends its workers too."""
-    process, pids = begun(script, tmp_path)
-    process.kill()
-    finish(process, expect=-signal.SIGKILL)
-    assert_gone(pids)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", FIRST)
 def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
     """Ctrl-C, which a terminal sends to all processes at once, ends the run after an update, saved."""
     process, pids = begun(script, tmp_path, start_new_session=True)
@@ -480,6 +459,7 @@ def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
 def test_devices_share_the_learning(script, tmp_path):
     """Four virtual devices come to the parameters of one."""
     flags = "--total-timesteps", 2 * 2 * BATCH, "--num-envs", 8, "--no-norm-adv", "--adam-eps", "1e-5"
+    flags += "--learning-rate", "3e-3"  # so that parameters move by far more than the difference allowed
     many = ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     folders = []
     for name, options in (("one", {}), ("four", {"env": ENVIRONMENT | {"XLA_FLAGS": many}})):
@@ -487,6 +467,9 @@ def test_devices_share_the_learning(script, tmp_path):
         run(script, *flags, cwd=tmp_path / name, **options)
         folders.append(folder_of(tmp_path / name))
     assert_close(*map(checkpoint, folders), atol=1e-4)
+    for folder, count in zip(folders, (1, 4), strict=True):  # orbax keeps how many devices each array was on
+        shardings = json.loads((folder / "checkpoints" / "2" / "default" / "_sharding").read_text())
+        assert {tuple(json.loads(x)["shape"]) for x in shardings.values()} == {(count,)}
 
 
 REFUSED = [
@@ -496,7 +479,7 @@ REFUSED = [
     ("--total-timesteps 10", "--total-timesteps 10", "must be at least 4096"),  # less than one update
     ("--seed -1", "--seed -1", "must be at least 0"),
     ("--learning-rate nan", "--learning-rate nan", "must be at least 0"),
-    ("--resume a", "a", "is not the folder of a run"),
+    ("--resume nowhere", "nowhere", "is not the folder of a run"),
     ("--num-seeds 2", "--num-seeds", ""),
 ]
 
@@ -505,8 +488,5 @@ REFUSED = [
 @pytest.mark.parametrize("flags, value, rule", REFUSED)
 def test_impossible_arguments_are_refused(script, flags, value, rule, capsys):
     """What cannot work is refused in a sentence with the value and the rule."""
-    with pytest.raises(SystemExit) as refused:
-        load(script).parse_args(flags.split())
-    assert refused.value.code != 0
-    sentence = " ".join((str(refused.value) + capsys.readouterr().err).replace("│", " ").split())
-    assert value in sentence and rule in sentence
+    sentence = refusal(script, flags.split(), capsys)
+    assert value in sentence and rule in sentence, sentence

@@ -21,6 +21,7 @@ from common import (
     CRAFTAX,
     FEW,
     FIRST,
+    MEMORYMAZE,
     MYSTERYPATH,
     QUICK,
     SCRIPTS,
@@ -113,7 +114,7 @@ FAULTS = {
     "a reset too early": lambda p: {"reset": np.roll(p.transitions.reset, -1, axis=0)},
     "no resets": lambda p: {"reset": np.zeros_like(p.transitions.reset)},
     "memory after the first step": lambda p: {
-        "memory": p.apply(p.params, p.transitions.obs[:1], p.transitions.reset[:1], p.memory)[2]
+        "memory": quick_jit(p.agent.apply)(p.params, p.transitions.obs[:1], p.transitions.reset[:1], p.memory)[2]
     },
     "memory of the rollout's end": lambda p: {"memory": p.after.memory},
     "no memory": lambda p: {"memory": p.agent.initial_memory(p.args.num_envs)},
@@ -284,8 +285,12 @@ def test_ppo_loss(script, clip_vloss, norm_adv):
 def test_loss_of_the_rollout_itself(played):
     """Before the first gradient step the loss sees no divergence and clips nothing; with a shifted reset it does."""
     advantage = target = np.random.default_rng(0).normal(size=played.transitions.reward.shape).astype(np.float32)
-    loss = quick_jit(lambda batch: played.script.ppo_loss(
-        played.params, played.args, played.agent.apply, played.memory, batch, advantage, target))  # fmt: skip
+
+    def loss(batch):  # not jitted as a whole: `apply` is compiled already
+        return played.script.ppo_loss(
+            played.params, played.args, played.apply, played.memory, batch, advantage, target
+        )  # fmt: skip
+
     _, metrics = loss(played.transitions)
     assert abs(metrics["losses/approx_kl"]) < 1e-6
     assert metrics["losses/clipfrac"] == 0
@@ -421,7 +426,7 @@ def test_the_policy_adds_the_noise_it_observes(name):
 
 
 def test_minibatch_keys_differ(script, monkeypatch):
-    """Every epoch of every update shuffles anew: the orders of six epochs in two updates are six different ones."""
+    """Every epoch of every update shuffles again: the orders of six epochs in two updates are six different ones."""
     args = small_args(script, num_envs=16, num_minibatches=4, update_epochs=3)
     orders = [record_minibatches(script, args, jax.random.key(seed), monkeypatch) for seed in (1, 2)]
     epochs = np.concatenate([np.array([env for env, *_ in order]).reshape(3, -1) for order in orders])
@@ -559,7 +564,7 @@ def unread_fields(source: str) -> set[str]:
     return fields - read
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SCRIPTS + MEMORYMAZE)
 def test_every_flag_is_read(name):
     """No field of Args is only accepted: each is read somewhere in the script."""
     assert unread_fields(inspect.getsource(load(name))) == set()
@@ -632,10 +637,14 @@ def test_each_epoch_visits_each_environment_once(script, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------- Seeds and devices
+# Otherwise Adam and the normalisation blow up the rounding of gradients and advantages that are nearly nothing.
+EXACT = {"adam_eps": 1e-3, "norm_adv": False}
+
+
 @pytest.fixture(scope="module")
 def single_runs(script):
     """-> init and update of one seed, jitted."""
-    init, update = bind(script, tiny_args(script))
+    init, update = bind(script, tiny_args(script, **EXACT))
     return quick_jit(init), quick_jit(update)
 
 
@@ -684,7 +693,7 @@ def test_an_evaluation_counts_first_episodes(name, greedy):
 @pytest.mark.slow
 def test_seeds_together_equal_seeds_alone(script, single_runs):
     """After two updates the runs of seeds 3, 4 and 5 in one vmap are those of each seed alone."""
-    args = tiny_args(script, seed=3, num_seeds=3)
+    args = tiny_args(script, seed=3, num_seeds=3, **EXACT)
     init, update = (quick_jit(jax.vmap(f)) for f in bind(script, args))
     together, *metrics = update(update(init(seed_keys(args)))[0])
     for i in range(3):

@@ -1,5 +1,5 @@
 """benchmarks/results.py decides what README calls solved and what tables and curves show, corridors.py does so over the
-length of the corridor, benchmarks/without_memory.py shows what a memory is worth."""
+length of the corridor; without_memory.py and random_policy.py are what results are compared with."""
 
 import dataclasses
 import json
@@ -12,9 +12,10 @@ import pytest
 from common import FIRST, assert_close, build, load, quick_jit, random_observations, small_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import random_policy
+import without_memory
 from corridors import Run, alone, best
 from results import interval, main, recent, solved_at
-from without_memory import forgetful
 
 
 def rows_of(*updates):
@@ -165,10 +166,34 @@ def test_without_memory_no_step_knows_of_another():
     script = load(*FIRST)
     args = small_args(script)
     env, _ = build(script, args)
-    agent, reset = forgetful(script.ActorCritic)(args, 4), np.zeros((5, 3), bool)
+    agent, reset = without_memory.forgetful(script.ActorCritic)(args, 4), np.zeros((5, 3), bool)
     obs = random_observations(env, 0, (5, 3))
     params = quick_jit(agent.init)(jax.random.key(0), obs, reset, agent.initial_memory(3))
     apply = quick_jit(agent.apply)
     logits, value, memory = apply(params, obs, reset, agent.initial_memory(3))
     for t in range(5):
         assert_close(apply(params, obs[t : t + 1], reset[:1], memory)[:2], (logits[t : t + 1], value[t : t + 1]), 1e-5)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_without_memory_trains_the_forgetful_agent(name, monkeypatch):
+    """Under the name that its folder shows, and with the command that resumes it."""
+    script, started = load(name), []
+    monkeypatch.setattr(script, "ActorCritic", script.ActorCritic)  # to be put back
+    monkeypatch.setattr(script, "main", started.append)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/without_memory.py"])
+    without_memory.main(f"{name}.py", "--seed", "3")
+    assert [(args.exp_name, args.seed) for args in started] == [(f"{name}_without_memory", 3)]
+    assert script.ActorCritic.__name__ == "Forgetful"
+    assert sys.argv[0] == f"benchmarks/without_memory.py {name}.py"
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_random_policy_guesses(name, monkeypatch):
+    """A corridor of two cells: it succeeds with half of the ways out, in all of its episodes, before the time limit."""
+    monkeypatch.setattr(jax, "jit", quick_jit)
+    script = load(name)
+    args = small_args(script, corridor_len=2, max_episode_steps=100, eval_episodes=400, logit_noise=0.0)
+    results = random_policy.evaluate(script, args)
+    assert results["episodic_length"].shape == (400,) and results["episodic_length"].max() < 100
+    assert 0.4 < results["success"].mean() < 0.6

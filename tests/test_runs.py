@@ -54,26 +54,29 @@ def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "succes
     assert all(float(row["charts/SPS"]) > 0 for row in table)
 
 
-# Of each memory and of each task, one script makes a video. The one that plays Craftax itself does not, because the
-# game would be compiled again for a single environment.
-FILMED = "ppo_agalite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_agalite_mysterypath", "ppo_gtrxl_craftax"
+# Of each memory and of each task, one script makes a video.
+FILMED = "ppo_agalite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_agalite_mysterypath", "ppo_agalite_craftax"
+TRACKED = "ppo_agalite_tmaze", "ppo_agalite_mysterypath", "ppo_agalite_craftax"  # with --track, one of each task
+# Plays the game itself. Without a video: the game would be compiled again for a single environment. Not in FEW: there,
+# a run with the stand-in would be needed as well.
+REAL = "ppo_gtrxl_craftax"
 
 
 def updates_of(script) -> int:
-    """Few where images and symbols make them slow."""
-    return 100 if script in TMAZE else 20
+    """Fewer if images and symbols make them slow."""
+    return 100 if script in TMAZE else 40
 
 
 def run_to_its_end(script, **options):
     """The run that both tests look at."""
-    updates, video = updates_of(script), ["--capture-video"] if script in FILMED else []
-    return finished(script, updates, updates // 4, "--track", *video, **options)
+    switches = ["--capture-video"] * (script in FILMED) + ["--track"] * (script in TRACKED)
+    return finished(script, updates_of(script), updates_of(script) // 4, *switches, **options)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_run_leaves_what_it_promises(script):
     """A run leaves arguments, metrics, checkpoints, curve, video and evaluation; the terminal shows the results."""
-    real = {"stand_in": False} if script == CRAFTAX[0] else {}  # one script plays the game itself
+    real = {"stand_in": False} if script == REAL else {}
     folder = run_to_its_end(script, **real)
     # Losing health costs a little.
     outcome, low, high = ("score", -5, 100) if script in CRAFTAX else ("success_rate", 0, 1)
@@ -81,7 +84,7 @@ def test_run_leaves_what_it_promises(script):
     args, updates = saved_args(folder), updates_of(script)
     assert args["total_timesteps"] == updates * BATCH and args["num_envs"] * args["num_steps"] == BATCH
     check_metrics(folder, [1], updates, outcome, low, high)
-    assert steps(folder)[-1] == updates
+    assert steps(folder) == [updates - updates // 4, updates], "the two newest"
     with Image.open(folder / "learning_curve.png") as image:
         image.load()
         assert min(image.size) > 100
@@ -94,7 +97,7 @@ def test_run_leaves_what_it_promises(script):
     for kind in ("sampled", "greedy"):
         assert len(evaluation[kind][name]) == 1 and low <= evaluation[kind][name][0] <= high
         assert evaluation[kind]["episodic_length"][0] >= 1
-    assert list((folder / "wandb").rglob("*.wandb")), "--track, offline, keeps a record"
+    assert bool(list((folder / "wandb").rglob("*.wandb"))) == (script in TRACKED), "offline, it keeps a record"
     assert {path.name for path in folder.parents[1].iterdir()} == {"runs", "printed.json"}, "nothing outside runs/"
 
     out, err = printed(folder)

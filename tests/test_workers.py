@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import PATIENCE, alive, wait_until
 from tiny_env import EXIT, LOOP, RAISE, RAISE_UNPICKLABLE, STEP, WAIT, Tiny
 
 from envs.workers import WorkerDied, WorkerFailed, Workers
@@ -22,7 +23,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 @pytest.fixture
 def make():
-    """-> a function from the environments' lengths to Workers, all of which are closed, and soon, after the test."""
+    """-> a function from the environments' lengths to Workers, all of which are closed after the test."""
     made = []
 
     def make(*lengths, **options):
@@ -31,24 +32,8 @@ def make():
 
     yield make
     for envs in made:
-        start = time.monotonic()
         envs.close()
-        assert time.monotonic() - start < 15
         assert not any(process.is_alive() for process in envs.processes)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "in vain"
-        time.sleep(0.05)
 
 
 def test_ends_of_episodes(make):
@@ -104,15 +89,15 @@ def test_a_killed_worker_is_named(make, when):
     if when == "before":
         process.kill()
         process.join()
-    with pytest.raises(WorkerDied, match=sentence):
-        envs.step_async(np.array([STEP, WAIT if when == "during" else STEP]))
-        if when == "after":
-            time.sleep(0.5)
+    if when == "after":
+        envs.step_async(np.array([STEP, STEP]))
+        assert envs.parent_pipes[1].poll(PATIENCE)
         process.kill()
-        if when == "after":
-            envs.step_wait()
-            process.join()
-            envs.step_async(np.array([STEP, STEP]))
+        process.join()
+        envs.step_wait()  # what it has answered counts
+    with pytest.raises(WorkerDied, match=sentence):
+        envs.step_async(np.array([STEP, WAIT]))
+        process.kill()
         envs.step_wait()
     for method in (envs.reset, lambda: envs.step(np.array([STEP, STEP])), envs.step_wait):
         with pytest.raises(WorkerDied, match=sentence):
@@ -156,7 +141,7 @@ def test_closing_while_a_worker_is_busy(make, monkeypatch):
     envs.step_async(np.array([WAIT, LOOP]))
     start = time.monotonic()
     envs.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 40, "not as long as the worker's WAIT, a minute"
 
 
 PROGRAM = """

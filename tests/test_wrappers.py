@@ -83,7 +83,7 @@ def test_episode_statistics():
 
 
 def test_auto_reset():
-    """Observation and state begin anew, reward, done and info are of the step that was made."""
+    """Observation and state begin again, reward, done and info are of the step that was made."""
     first_obs, obs, state, reward, done, info = jax.tree.map(
         np.asarray, rollout(AutoReset(Toy()), None, jax.random.key(1), np.arange(300))
     )
@@ -92,7 +92,7 @@ def test_auto_reset():
     for t in range(300):
         time += 1
         assert info["tag"][t] == tag and info["action"][t] == t
-        assert reward[t] == 10.0 ** (time - 1)
+        np.testing.assert_allclose(reward[t], 10.0 ** (time - 1), rtol=1e-6)
         assert done[t] == (time > tag % 4)
         if done[t]:
             tag, time = int(obs["tag"][t]), 0
@@ -382,7 +382,7 @@ def test_pool_is_used_in_order_and_again_from_its_beginning():
 
 
 def test_pooled_statistics_are_those_of_auto_reset():
-    """They begin anew with each episode, and reward, done and info are of the step that was made."""
+    """They begin again with each episode, and reward, done and info are of the step that was made."""
     env = pooled()
     _, first = env.reset(jax.random.key(12), None)
     _, (_, state, reward, done, info) = pooled_steps(env, jax.random.key(13), first, np.zeros(60))
@@ -461,7 +461,7 @@ def test_optimistic_reset(num_envs, reset_ratio):
         # The step is that of the episode that was running,
         np.testing.assert_array_equal(info["tag"][t], tag)
         np.testing.assert_array_equal(info["action"][t], np.arange(num_envs))
-        np.testing.assert_array_equal(reward[t], 10.0**time)
+        np.testing.assert_allclose(reward[t], 10.0**time, rtol=1e-6)
         np.testing.assert_array_equal(done[t], time + 1 > tag % 4)
         np.testing.assert_array_equal(info["episodic_length"][t], time + 1)
         # which goes on, or is followed by a new one, in observation and state alike.
