@@ -6,6 +6,7 @@ An open world of mining, crafting and fighting on nine floors. The agent sees 9 
 achievements pays once per episode, and an episode may last thousands of steps. The task is Craftax (Matthews et al.,
 ICML 2024), the memory is GTrXL (Parisotto et al., ICML 2020, arXiv 1910.06764), and the agent is trained with PPO
 (Schulman et al. 2017).
+"Published" means by AGaLiTe's authors, for whom GTrXL is a baseline (Pramanik et al., TMLR 2024, arXiv 2310.15719).
 
 What to learn here: what a window of past steps costs and how far back it sees, compared with a memory of constant size.
 The memory and its settings are those of ppo_gtrxl_tmaze.py, all else is as in ppo_agalite_craftax.py.

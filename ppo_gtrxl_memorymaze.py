@@ -6,6 +6,7 @@ Objects of different colours lie in a maze that is new in each episode. The agen
 it has to find the object whose colour frames the image, so it should remember where the objects are. The task is Memory
 Maze (Pasukonis et al., ICLR 2023). The memory is GTrXL (Parisotto et al., ICML 2020, arXiv 1910.06764). It is trained
 with PPO (Schulman et al. 2017).
+"Published" means by AGaLiTe's authors, for whom GTrXL is a baseline (Pramanik et al., TMLR 2024, arXiv 2310.15719).
 
 What to learn here: how to train with environments that are CPU processes. The rollout is a loop on the host, in Python
 (`host_rollout`); only acting and learning are compiled (`act`, `learn_from`). Mazes are not part of a checkpoint.

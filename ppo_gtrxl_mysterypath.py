@@ -5,10 +5,11 @@
 A path across a grid of 7 x 7 tiles is invisible. A step beside it puts the agent back at the start, so it must find the
 path by trial and remember it. The task is Memory Gym's (Pleines et al., ICLR 2023), the memory is GTrXL (Parisotto et
 al., ICML 2020, arXiv 1910.06764), and the agent is trained with PPO (Schulman et al. 2017).
+"Published" means by AGaLiTe's authors, for whom GTrXL is a baseline (Pramanik et al., TMLR 2024, arXiv 2310.15719).
 
 What to learn here: what a window of past steps costs and how far back it sees, compared with a memory of constant size.
 The memory and its settings are those of ppo_gtrxl_tmaze.py, all else is as in ppo_agalite_mysterypath.py.
-The published size, 150M steps, was not run.
+The published size, 150M steps, was not run. A small agent solves the task on one CPU core: docs/mysterypath.md.
 
 Axes, time first: T steps, B environments, S seeds, A actions, D d_model, H heads, d d_head, L layers, M memory_len.
 """

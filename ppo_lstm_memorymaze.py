@@ -10,7 +10,7 @@ Maze (Pasukonis et al., ICLR 2023). The memory is an LSTM (Hochreiter and Schmid
 What to learn here: how to train with environments that are CPU processes. The rollout is a loop on the host, in Python
 (`host_rollout`); only acting and learning are compiled (`act`, `learn_from`). Mazes are not part of a checkpoint.
 Model and learning are those of ppo_lstm_tmaze.py. To compare memories, `diff` this file with ppo_gtrxl_memorymaze.py.
-The published size, 100M steps, was not run. A small agent finds about 0.4 objects per episode after 750k steps, 70
+The defaults, 100M steps, were not run. A small agent finds about 0.4 objects per episode after 750k steps, 70
 minutes on one CPU core; a random policy finds 0.16 (docs/memorymaze.md).
 
 Axes, time first: T time steps, B environments, A actions, D hidden_size.

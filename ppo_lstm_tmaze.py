@@ -1,6 +1,6 @@
 """PPO with an LSTM on the T-Maze.
 
-    python ppo_lstm_tmaze.py --corridor-len 160
+    python ppo_lstm_tmaze.py --corridor-len 160  # solved with none of 3 seeds within 1.5M steps
 
 The agent sees a cue at the start of a corridor. At the other end, 159 steps later, it must turn as the cue showed.
 Its memory is an LSTM (Hochreiter and Schmidhuber 1997); it is trained with PPO (Schulman et al. 2017).

@@ -1,14 +1,15 @@
-"""Every script at its default size: steps a second of whole updates, memory, and how long the update takes to compile.
+"""Every script at its default size: steps per second of whole updates, memory, and how long an update takes to compile.
 
     python benchmarks/all_scripts.py
     python benchmarks/all_scripts.py ppo_agalite_tmaze ppo_gtrxl_tmaze
 
 Each script is a process. All are compiled first, as many at once as there are cores, so each takes longer than it would
 alone. Then they run one after the other: the median of three updates after a first one. Memory is what XLA plans for
-the update, its arguments and results included.
+the update, arguments and results included; scripts donate the arguments, and so need less.
 
-The mazes of Memory Maze are processes on CPUs; here random images take their place, so its rows are acting and learning
-alone, and have the share of acting too. With --wait, the runs begin when a line arrives on standard input.
+The mazes of Memory Maze are processes on CPUs. Random images take their place here, so its rows count acting and
+learning only; the column "acting" is the share of acting. With --wait, the runs begin when a line arrives on standard
+input.
 """
 
 import functools
@@ -34,7 +35,8 @@ def on_device(script, args):
     env = script.make_env(args, args.num_envs)
     agent = script.ActorCritic(args, env.action_space(env.default_params).n)
     runner = jax.jit(functools.partial(script.init, args, env, agent))(jax.random.key(1))
-    return [(1, functools.partial(script.update, args, env), (runner,))]
+    one_seed = jax.tree.map(lambda x: x[None], runner)  # scripts always have the axis of seeds
+    return [(1, jax.vmap(functools.partial(script.update, args, env)), (one_seed,))]
 
 
 def with_processes(script, args):
@@ -64,10 +66,10 @@ def compile_script(name: str):
     return args.batch_size, parts, time.perf_counter() - start
 
 
-def seconds_of(part, inputs) -> float:
+def seconds_of(part, inputs, calls: int = UPDATES) -> float:
     """The median over calls after a first one, each until its results are there, on the device."""
     times = []
-    for _ in range(1 + UPDATES):
+    for _ in range(1 + calls):
         start = time.perf_counter()
         jax.block_until_ready(part(*inputs))
         times.append(time.perf_counter() - start)

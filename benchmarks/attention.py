@@ -5,8 +5,9 @@
 
 The authors store keys, queries and gates, expanded to eta * d, for all T steps and all r frequencies, and run one
 `jax.lax.associative_scan` over them. That form is written here from the equations, jitted, and checked to give the same
-outputs and gradients as ours before anything is timed. Each row measures both forms in turn, so trust the ratios and
-not the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs. Arguments are T, B and eta.
+outputs, memory and gradients as ours before anything is timed. Each row measures both forms in turn, so trust the
+ratios and not the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs. Arguments are T,
+B and eta.
 """
 
 import sys
@@ -70,11 +71,11 @@ def random_inputs(T: int, B: int, eta: int, H: int = 4, d: int = 64):
 
 
 def compile_pair(form, inputs):
-    """-> outputs, and outputs with the gradient of the memory and of k, q and so on, compiled."""
+    """-> memory and outputs; and a loss with its gradient for the memory and for k, q and so on. Both compiled."""
     (memory, *rest), tensors = inputs
     weights = jnp.asarray(np.random.default_rng(1).normal(size=tensors[0].shape), jnp.float32)
-    forward = lambda memory, tensors: form(memory, *rest, *tensors)[1]
-    both = jax.value_and_grad(lambda memory, tensors: (forward(memory, tensors) * weights).sum(), argnums=(0, 1))
+    forward = lambda memory, tensors: form(memory, *rest, *tensors)
+    both = jax.value_and_grad(lambda memory, tensors: (forward(memory, tensors)[1] * weights).sum(), argnums=(0, 1))
     return [jax.jit(function).lower(memory, tensors).compile() for function in (forward, both)]
 
 

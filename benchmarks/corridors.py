@@ -53,7 +53,7 @@ LAYERS = [*HEADS, "--num-layers=2", "--d-model=32", "--d-head=16", "--num-heads=
 SMALL = {
     "agalite": [*LAYERS, "--d-ffc=32"],  # 46,261 parameters
     "galite": [*LAYERS, "--d-ffc=32"],  # 46,429
-    "gtrxl": LAYERS,  # 42,629
+    "gtrxl": LAYERS,  # 42,501
     "lstm": [*HEADS, "--hidden-size=92"],  # 46,229
     "gru": [*HEADS, "--hidden-size=106"],  # 46,233
 }

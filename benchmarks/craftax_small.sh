@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Craftax Classic with small agents: AGaLiTe, the same without memory, and GTrXL: the table of docs/craftax.md.
-# 2M steps, 10 to 15 minutes on one core per agent and seed (GTrXL: longer).
+# Craftax Classic with small agents: AGaLiTe, the same without memory, and GTrXL. The first two are in the table of
+# docs/craftax.md. 2M steps, 10 to 15 minutes on one core per agent and seed.
 #
 #     benchmarks/craftax_small.sh [seed ...]
 set -euo pipefail
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 flags=(
-  --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 --num-layers 2 --d-model 64 --d-head 32
+  --runs-dir runs/craftax_small --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 --num-layers 2 --d-model 64 --d-head 32
   --total-timesteps 2e6 --checkpoint-interval 60 --eval-episodes 500
 )
 for seed in "${@:-1}"; do

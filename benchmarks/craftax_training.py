@@ -1,4 +1,4 @@
-"""Craftax: steps a second of training with AGaLiTe, with GTrXL and without memory, and of the environment alone.
+"""Craftax: steps per second of training with AGaLiTe, with GTrXL and without memory, and of the environment alone.
 
     python benchmarks/craftax_training.py --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 \\
         --num-layers 2 --d-model 64 --d-head 32
@@ -8,8 +8,8 @@ Flags are the scripts' own; without any, the published size. All are compiled fi
 actions where there is no agent. Memory is what XLA plans for one whole update, its arguments and results included;
 --memory-only stops there, so that it can be seen on a machine that could not run it.
 
-"of AGaLiTe's" are parts of its training on their own, as often as an update applies them: once to each step of all
-environments, and with gradients to every minibatch of each epoch. One over their ratio is their share of its time.
+The last two rows are parts of AGaLiTe's agent, alone. They run as often as in an update: acting in each step, learning
+in each minibatch of each epoch. One over their ratio is their share of AGaLiTe's time.
 """
 
 import functools
@@ -36,7 +36,8 @@ def training(script, args, agent_class):
     """-> update(runner), and a runner."""
     env = script.make_env(args, args.num_envs)
     agent = agent_class(args, env.action_space(env.default_params).n)
-    return (lambda runner: script.update(args, env, runner)[0]), functools.partial(script.init, args, env, agent)
+    one_seed = lambda key: jax.tree.map(lambda x: x[None], script.init(args, env, agent, key))  # as scripts have it
+    return (lambda runner: jax.vmap(functools.partial(script.update, args, env))(runner)[0]), one_seed
 
 
 def environment(args, env):
@@ -65,30 +66,41 @@ class Attention(nn.Module):
         return agalite.AGaLiTeAttention(self.args)(u, reset, cos, jnp.full(cos.shape[-1], 2.0), memory)
 
 
-def part(args, module, times: int, over_time, *fixed):
-    """A module that stands `times` times in the agent. over_time: its inputs (T, B, ...); fixed: (B, ...).
+def part(args, module, times: int, over_time, *memory):
+    """A module that stands `times` times in the agent. over_time: its inputs (T, B, ...); memory: (B, ...), if any.
 
-    -> passes(params) of an update, and params.
+    -> passes((params, memory)) of an update, and where they begin. All outcomes are used, or XLA would leave them out.
     """
     b = args.num_envs // args.num_minibatches
-    apply = lambda params, inputs, fixed: jax.tree.leaves(module.apply(params, *inputs, *fixed))[0]
+    starts = jnp.tile(jnp.arange(0, args.num_envs, b), args.update_epochs)  # another minibatch each time
 
-    def passes(params):
-        def act(params, inputs):  # each step's outcome is used, or XLA would leave it out
-            total = apply(params, [x[None] for x in inputs], fixed).sum()
-            return jax.tree.map(lambda p: p + 1e-9 * total, params), None
+    def apply(params, inputs, memory):  # -> output, memory
+        result = module.apply(params, *inputs, *memory)
+        return (result[0], result[1:]) if memory else (result, ())
 
-        def learn(params, _):
-            loss = lambda params: jnp.square(apply(params, [x[:, :b] for x in over_time], few)).sum()
-            return jax.tree.map(lambda p, g: p - 1e-9 * g, params, jax.grad(loss)(params)), None
+    def act(carry, inputs):
+        params, memory = carry
+        output, memory = apply(params, [x[None] for x in inputs], memory)
+        return (jax.tree.map(lambda p: p + 1e-9 * output.sum(), params), memory), None
 
-        few = jax.tree.map(lambda x: x[:b], fixed)
+    def learn(carry, start):
+        params, memory = carry
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, b, axis)
+        first, *rest = [cut(x, 1) for x in over_time]
+        few = jax.tree.map(lambda x: cut(x, 0), memory)
+        loss = lambda params, first: jnp.square(apply(params, [first, *rest], few)[0]).sum()
+        wanted = (0, 1) if jnp.issubdtype(first.dtype, jnp.floating) else (0,)  # also for the layer below, if any
+        grads, *below = jax.grad(loss, wanted)(params, first)
+        used = 1e-9 * sum(jnp.abs(x).sum() for x in below)
+        return (jax.tree.map(lambda p, g: p - 1e-9 * g + used, params, grads), memory), None
+
+    def passes(carry):
         for _ in range(times):
-            params, _ = jax.lax.scan(act, params, over_time)
-            params, _ = jax.lax.scan(learn, params, length=args.update_epochs * args.num_minibatches)
-        return params
+            carry, _ = jax.lax.scan(act, carry, over_time)
+            carry, _ = jax.lax.scan(learn, carry, starts)
+        return carry
 
-    return passes, lambda key: module.init(key, *[x[:1] for x in over_time], *fixed)
+    return passes, lambda key: (module.init(key, *[x[:1] for x in over_time], *memory), memory)
 
 
 def parts(args):

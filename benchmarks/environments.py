@@ -1,12 +1,12 @@
-"""Mystery Path: steps a second, images included, of ours and of Memory Gym, and what drawing paths costs.
+"""Mystery Path: steps per second, images included, of ours and of Memory Gym, and what drawing paths costs.
 
     taskset -c 1 python benchmarks/environments.py --memory-gym-python memory-gym/bin/python
 
-Memory Gym needs a virtual environment of its own (tests/record_mysterypath.py says how to make one); without it its
-column says "not run". The two run in turn, with random actions and through ends of episodes, on the one core that
-taskset leaves to both. Ours steps 256 environments in a jitted loop of 128 steps, and draws a new pool of paths before
-each, which is counted. Images are made and dropped: what keeping them costs is a matter of the training script's
-memory. That both do the same is what tests/test_mysterypath.py shows.
+Memory Gym needs another virtual environment (tests/record_mysterypath.py says how to make one); without it its column
+says "not run". The two run in turn, with random actions and through ends of episodes, on the one core that taskset
+leaves to both. Ours steps 256 environments in a jitted loop of 128 steps, and draws a new pool of paths before each,
+which is counted. Images are made in each step but not kept, as training would keep them. tests/test_mysterypath.py
+shows that both do the same.
 """
 
 import argparse

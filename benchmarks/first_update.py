@@ -42,7 +42,9 @@ def first_row(script: Path, flags: list[str]) -> list[float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # No abbreviations: the scripts' --r is not --repeats.
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind, allow_abbrev=False)
     parser.add_argument("script", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     args, flags = parser.parse_known_args()

@@ -2,12 +2,13 @@
 
     python benchmarks/inference.py
 
-The context is GTrXL's --memory-len; the memories of the others have a size of their own and do not depend on it. Every
-agent has the published size. Acting is a step of a batch of environments, one of 16 in a compiled loop as in a rollout;
-training is the gradient of a loss over 256 steps of 4 environments. Operations are counted in the traced program, peak
-memory is what the compiler reserves beyond inputs and outputs, state is what one environment carries. "GTrXL, cached"
-keeps keys and values while acting instead of layer inputs; it is checked to give the same outputs. Agents run in turn,
-so trust the ratios to GTrXL of the same length, and not the microseconds.
+The context is GTrXL's --memory-len; the other memories do not depend on it. Every agent has the published size. Acting
+is a step of a batch of environments, one of 64 in a compiled loop as in a rollout; training is the gradient of a loss
+over 256 steps of 4 environments. Operations are counted in the traced program: a loop's, as often as it runs, but once
+if they depend on parameters alone, because XLA moves these out of the loop. Peak memory is what the compiler reserves
+beyond inputs and outputs, state is what one environment carries. "GTrXL, cached" keeps keys and values while acting
+instead of layer inputs; it is checked to give the same outputs. Agents run in turn, so trust the ratios to GTrXL of the
+same length, and not the microseconds.
 
 Leaves docs/inference.csv and docs/inference.png.
 """
@@ -21,12 +22,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 LENGTHS, BATCHES, T, OBS = (32, 64, 128, 256, 512), (1, 16), 256, 21
-LOOP = 16  # acting steps that are timed together
+LOOP = 64  # acting steps that are timed together
 NAMES = {"agalite": "AGaLiTe", "galite": "GaLiTe", "lstm": "LSTM", "gru": "GRU", "gtrxl": "GTrXL"}
 
 
@@ -118,44 +120,58 @@ MOVES = set("reshape transpose broadcast_in_dim slice squeeze concatenate gather
 MOVES |= set("convert_element_type split rev dynamic_update_slice scatter-add expand_dims".split())
 
 
-def operations(jaxpr) -> float:
-    """Floating-point operations: 2 a multiply-add in matrix products, 1 an element that any other operation makes.
+def operations(equations) -> float:
+    """Floating-point operations: 2 per multiply-add in matrix products, 1 per element that any other operation makes.
 
     The compiler's own count takes the body of a loop once; this one takes it as often as it runs.
     """
     total = 0.0
-    for equation in jaxpr.eqns:
+    for equation in equations:
         size = sum(x.aval.size for x in equation.outvars if jnp.issubdtype(x.aval.dtype, jnp.floating))
-        inner = [
-            x for x in jax.tree.leaves(list(equation.params.values())) if hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ]
+        inner = [getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(equation.params.values()))]
+        inner = [x for x in inner if hasattr(x, "eqns")]
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += 2 * size * np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+        elif equation.primitive.name == "scan":
+            once, often = cut_loop(inner[0], equation.params["num_consts"])
+            total += operations(once) + equation.params["length"] * operations(often)
         elif inner:
-            total += equation.params.get("length", 1) * sum(operations(getattr(x, "jaxpr", x)) for x in inner)
+            total += sum(operations(x.eqns) for x in inner)
         elif equation.primitive.name not in MOVES:
             total += size
     return total
 
 
+def cut_loop(body, num_consts: int):
+    """-> the equations of a scan's body that depend only on what is the same in all of its steps, and the others."""
+    same, once, often = {*body.invars[:num_consts], *body.constvars}, [], []
+    for equation in body.eqns:
+        if all(isinstance(x, Literal) or x in same for x in equation.invars):
+            same.update(equation.outvars)
+            once.append(equation)
+        else:
+            often.append(equation)
+    return once, often
+
+
 def looped(step):
     """LOOP acting steps in one program, each handing its memory to the next -> the last one's memory, all outputs."""
 
-    def loop(params, obs, memory):
-        def body(memory, _):
+    def loop(params, obs, memory):  # obs (LOOP, 1, B, OBS)
+        def body(memory, obs):
             logits, value, memory = step(params, obs, memory)
             return memory, (logits, value)
 
-        return jax.lax.scan(body, memory, length=LOOP)
+        return jax.lax.scan(body, memory, obs)
 
     return loop
 
 
 def compile_(function, *arguments):
     """-> compiled, its floating-point operations, its peak memory in bytes."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return compiled, operations(jax.make_jaxpr(function)(*arguments)), compiled.memory_analysis().temp_size_in_bytes
+    compiled, traced = jax.jit(function).lower(*arguments).compile(), jax.make_jaxpr(function)(*arguments)
+    return compiled, operations(traced.eqns), compiled.memory_analysis().temp_size_in_bytes
 
 
 def microseconds(cases: dict, budget: float) -> dict:
@@ -186,7 +202,7 @@ def measure() -> list[dict]:
                     continue
                 if work == "acting":
                     step, params, memory = acting(name, B, length)
-                    step, arguments = looped(step), (params, jnp.ones((1, B, OBS)), memory)
+                    step, arguments = looped(step), (params, jnp.ones((LOOP, 1, B, OBS)), memory)
                 else:
                     step, *arguments = training(name, length)
                 compiled, flops, peak = compile_(step, *arguments)
@@ -211,7 +227,7 @@ def table(rows: list[dict]):
         print("| agent | length | time, µs | to GTrXL | operations to GTrXL | state, kB | to GTrXL | peak to GTrXL |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for row in (row for row in rows if (row["work"], row["batch"]) == (work, B)):
-            same = lambda other, row=row: [other[k] == row[k] for k in ("work", "batch", "length")] == [True] * 3
+            same = lambda other, row=row: all(other[k] == row[k] for k in ("work", "batch", "length"))
             base = next(other for other in rows if same(other) and other["agent"] == "gtrxl")
             ratio = {k: float(row[k]) / max(float(base[k]), 1e-12) for k in ("us", "GFLOP", "state_kB", "peak_MB")}
             name = NAMES.get(row["agent"], "GTrXL, cached")

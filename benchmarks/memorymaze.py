@@ -1,4 +1,4 @@
-"""Memory Maze: steps a second of ours and of the package as it is, what a new maze costs, and who waits for it.
+"""Memory Maze: steps per second of ours and of the package as it is, what a new maze costs, and who waits for it.
 
     taskset -c 1 python benchmarks/memorymaze.py
     python benchmarks/memorymaze.py --workers 2
@@ -63,6 +63,7 @@ def one_core(size: str):
     for step in (ours.step, package.step):  # the first images take longer
         steps_per_second(step, endless_actions(1))
     for _ in range(ROUNDS):
+        package.reset()  # or it would reset by itself among the timed steps
         rates.append((steps_per_second(ours.step, actions[0]), steps_per_second(package.step, actions[1])))
     their_reset = np.median([timed(package.reset) for _ in range(RESETS)])
     unprepared, prepared, during = [], [], []

@@ -20,22 +20,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.all_scripts import with_processes
+from benchmarks.all_scripts import seconds_of, with_processes
+from benchmarks.memorymaze import CHOICES
 from envs.memorymaze import MemoryMaze
 from envs.workers import Workers
 
 STEPS = 200  # of the environments
-CHOICES = [1, 1, 1, 4, 4, 2, 5, 3]  # actions: mostly forward, with turns
-
-
-def median_ms(function, inputs: tuple, repeats: int) -> float:
-    """The median over calls after a first one."""
-    times = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*inputs))
-        times.append(1e3 * (time.perf_counter() - start))
-    return float(np.median(times[1:]))
 
 
 def environment(size: str) -> dict[str, float]:
@@ -75,7 +65,7 @@ def agent_parts(script, args) -> dict[str, float]:
     """-> ms of acting, and of learning in the encoder and elsewhere, per step"""
     (T, act, acting), (_, learn, learning) = with_processes(script, args)
     B, (train_state, _, _, transitions, _) = args.num_envs, learning
-    acting_ms, learning_ms = median_ms(jax.jit(act), acting, 20), median_ms(jax.jit(learn), learning, 3)
+    acting_ms, learning_ms = 1e3 * seconds_of(jax.jit(act), acting, 20), 1e3 * seconds_of(jax.jit(learn), learning)
 
     minibatch = jnp.asarray(transitions.obs[:, : B // args.num_minibatches])
     encoder = script.ImpalaEncoder(args.num_channels)
@@ -88,7 +78,7 @@ def agent_parts(script, args) -> dict[str, float]:
         step = lambda params, _: (jax.tree.map(lambda p, g: p - 1e-9 * g, params, jax.grad(loss)(params)), None)
         return jax.lax.scan(step, params, length=times)[0]
 
-    encoding_ms = median_ms(jax.jit(passes), (params,), 3)
+    encoding_ms = 1e3 * seconds_of(jax.jit(passes), (params,))
     return {
         "acting": acting_ms / B,
         "learning: encoder, forward and backward": encoding_ms / (T * B),

@@ -24,7 +24,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.corridors import interval
+from benchmarks.results import interval
 from envs.mysterypath import FORWARD, NEIGHBOURS, NOOP, SIDE, TILE, TILES, TURN_LEFT, TURN_RIGHT, EnvState, MysteryPath
 
 ENV_ID = "MysteryPath-Grid-Easy-v0"

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 flags=(
-  --encode-tiles --num-channels 16 --num-layers 1 --d-head 32 --d-actor 64 --d-critic 64 --num-envs 32
+  --runs-dir runs/mysterypath_tiles --encode-tiles --num-channels 16 --num-layers 1 --d-head 32 --d-actor 64 --d-critic 64 --num-envs 32
   --learning-rate 4e-4 --anneal-lr --ent-coef 0.03 --gamma 0.97 --gae-lambda 0.9 --max-grad-norm 0.5
   --checkpoint-interval 100 --eval-episodes 5000
 )

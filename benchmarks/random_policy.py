@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.corridors import interval
+from benchmarks.results import interval
 
 
 class RandomAgent(NamedTuple):

@@ -3,8 +3,6 @@
     python ppo_agalite_tmaze.py --evaluate runs/tmaze__... --capture-video      # and so on: saves episode.gif
     python benchmarks/showcase.py docs/tasks.gif runs/tmaze__... runs/MysteryPath... runs/Craftax... runs/MemoryMaze...
 
-with --steps 165 --every 3 for that of README.
-
 Shows the first --steps steps of each episode. A shorter one stays at its end until the animation starts again.
 """
 
@@ -57,6 +55,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="the animation to write")
     parser.add_argument("folders", type=Path, nargs="+", help="folders of runs with an episode.gif")
-    parser.add_argument("--steps", type=int, default=160, help="steps of each episode to show")
-    parser.add_argument("--every", type=int, default=2, help="show every so many-th step")
+    parser.add_argument("--steps", type=int, default=165, help="steps of each episode to show")
+    parser.add_argument("--every", type=int, default=3, help="show every so many-th step")
     main(**vars(parser.parse_args()))

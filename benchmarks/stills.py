@@ -1,8 +1,8 @@
 """Some frames of an episode's GIF in one image, below each other: the images at the top of pages in docs/.
 
-    python benchmarks/stills.py runs/.../episode.gif docs/mysterypath.png 5 7 8
+    python benchmarks/stills.py runs/.../episode.gif docs/mysterypath.png 5 8 13
 
-takes the fifth, seventh and eighth frame. --capture-video makes the GIF.
+takes the fifth, eighth and thirteenth frame. --capture-video makes the GIF.
 """
 
 import sys

@@ -15,6 +15,7 @@ export PYTHONPATH=.
 # A copy whose critic does not know the time limit.
 unaware=$(mktemp -d)/ppo_unaware_tmaze.py
 sed '/gamma\*\*steps_left/d' ppo_agalite_tmaze.py > "$unaware"
+[ "$(diff ppo_agalite_tmaze.py "$unaware" | grep -c '^<')" = 1 ] || { echo "ppo_agalite_tmaze.py has changed"; exit 1; }
 
 for seed in "${@:-1}"; do
   flags=(--runs-dir runs/tmaze_ablation --seed "$seed")

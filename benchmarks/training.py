@@ -12,7 +12,6 @@ this machine reaches in a large matrix product, measured in the same run.
 
 import functools
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -20,29 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import attention
 
 import ppo_agalite_tmaze as script
+from benchmarks import attention
 
 ROUNDS = 15
 
 
-def median_seconds(function, *arguments) -> float:
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
 def matrix_rate() -> float:
-    """FLOP a second in the product of two 2048 x 2048 float32 matrices."""
+    """FLOP per second in the product of two 2048 x 2048 float32 matrices."""
     a = jax.random.normal(jax.random.key(0), (2048, 2048))
     product = jax.jit(jnp.matmul)
     product(a, a).block_until_ready()
-    return 2 * 2048**3 / median_seconds(product, a, a)
+    return 2 * 2048**3 / (1e-3 * attention.milliseconds([product], (a, a), ROUNDS)[0])
 
 
 def main():
@@ -65,13 +54,7 @@ def main():
     loss = [float(jnp.sum(run()[1]["losses/value_loss"])) for key, run in runs.items() if key[2] == "update"]
     np.testing.assert_allclose(loss, loss[0], rtol=1e-4, err_msg="the two forms learn differently")
 
-    seconds = {key: [] for key in runs}
-    for _ in range(ROUNDS):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[key].append(time.perf_counter() - start)
-    seconds = {key: float(np.median(values)) for key, values in seconds.items()}
+    seconds = {key: 1e-3 * ms for key, ms in zip(runs, attention.milliseconds(runs.values(), (), ROUNDS), strict=True)}
 
     size = sum(x.size for x in jax.tree.leaves(runner.train_state.params))
     rate = matrix_rate()

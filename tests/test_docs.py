@@ -39,6 +39,25 @@ def commands(path: Path) -> list[list[str]]:
     return [words for words in found if any(map(OURS.search, words))]
 
 
+def links(path: Path) -> list[tuple[str, str]]:
+    """Text and target of each link of a page to something in the repository."""
+    found = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", path.read_text())
+    return [(text, target) for text, target in found if not target.startswith("http")]
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a page, as targets of links."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_pages_are_read():
+    """The tests below look at what these find, so they must find it."""
+    assert sum(len(links(path)) for path in PAGES) > 150
+    assert sum(len(commands(path)) for path in PAGES) > 70
+    assert {"quick-start", "results"} <= anchors(PAGES[0])
+
+
 def own_flags(name: str) -> set[str]:
     """The flags of a script of ours, with underscores."""
     return {field.name for field in dataclasses.fields(load(name).Args)}
@@ -46,11 +65,10 @@ def own_flags(name: str) -> set[str]:
 
 @page
 def test_links_lead_somewhere(page):
-    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", page.read_text()):
-        if target.startswith("http"):
-            continue
-        path = page.parent / target.split("#")[0]
-        assert path.exists(), target
+    for text, target in links(page):
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists() and (not anchor or anchor in anchors(path)), target
         if path.suffix == ".py":  # then the text may name classes and functions
             for name in re.findall(r"`([A-Za-z_]+)`", text):
                 assert re.search(rf"^ *(class|def) {name}\b|^{name} = ", path.read_text(), re.M), (name, target)
@@ -174,7 +192,7 @@ def test_a_memory_of_your_own_passes_the_tests(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k"]
     command += ["(mine or scripts_agree) and not four_devices"]
     files = ["tests/test_memory.py", "tests/test_ppo.py", "tests/test_sync.py"]
-    files += ["tests/test_cli.py::test_impossible_arguments_are_refused"]
+    files += ["tests/test_cli.py::test_every_script_refuses_impossible_arguments"]
     done = subprocess.run([*command, *files], cwd=tmp_path, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and int(passed[1]) >= 20, done.stdout[-3000:]
