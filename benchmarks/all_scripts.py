@@ -1,14 +1,14 @@
-"""Every script at its default size: steps per second of whole updates, memory, and how long an update takes to compile.
+"""Every script at its default size: steps per second of whole updates, memory, and the time to compile an update.
 
     python benchmarks/all_scripts.py
     python benchmarks/all_scripts.py ppo_agalite_tmaze ppo_gtrxl_tmaze
 
 Each script is a process. All are compiled first, as many at once as there are cores, so each takes longer than it would
-alone. Then they run one after the other: the median of three updates after a first one. Memory is what XLA plans for
-the update, arguments and results included; scripts donate the arguments, and so need less.
+alone. Then they run one after another: the median of three updates after the first. Memory is what XLA plans for the
+update, including arguments and results; scripts donate the arguments, and so need less.
 
-The mazes of Memory Maze are processes on CPUs. Random images take their place here, so its rows count acting and
-learning only; the column "acting" is the share of acting. With --wait, the runs begin when a line arrives on standard
+The mazes of Memory Maze are processes on CPUs. Random images replace them here, so its rows count only acting and
+learning; the column "acting" is the share of acting. With --wait, the runs begin when a line arrives on standard
 input.
 """
 
@@ -67,7 +67,7 @@ def compile_script(name: str):
 
 
 def seconds_of(part, inputs, calls: int = UPDATES) -> float:
-    """The median over calls after a first one, each until its results are there, on the device."""
+    """The median over calls after the first, each until its results are on the device."""
     times = []
     for _ in range(1 + calls):
         start = time.perf_counter()

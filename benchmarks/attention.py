@@ -4,10 +4,9 @@
     python benchmarks/attention.py 512,4,4 128,128,8
 
 The authors store keys, queries and gates, expanded to eta * d, for all T steps and all r frequencies, and run one
-`jax.lax.associative_scan` over them. That form is written here from the equations, jitted, and checked to give the same
-outputs, memory and gradients as ours before anything is timed. Each row measures both forms in turn, so trust the
-ratios and not the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs. Arguments are T,
-B and eta.
+`jax.lax.associative_scan` over them. That form is written here from the equations, jitted, and checked before timing:
+it gives the same outputs, memory and gradients as ours. Each row measures both forms in turn, so trust the ratios, not
+the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs. Arguments are T, B and eta.
 """
 
 import sys
@@ -25,7 +24,7 @@ R = 2  # frequencies, as published
 
 
 def state_of_frequency(r: int) -> np.ndarray:
-    """For each of linspace(-pi, pi, r) the index of our state that stands for it: w and -w share one."""
+    """The index of our state for each frequency of linspace(-pi, pi, r): w and -w share one."""
     return np.minimum(np.arange(r), np.arange(r)[::-1])
 
 
@@ -71,7 +70,7 @@ def random_inputs(T: int, B: int, eta: int, H: int = 4, d: int = 64):
 
 
 def compile_pair(form, inputs):
-    """-> memory and outputs; and a loss with its gradient for the memory and for k, q and so on. Both compiled."""
+    """-> two compiled functions: memory and outputs; a loss with its gradient for the memory, k, q and so on."""
     (memory, *rest), tensors = inputs
     weights = jnp.asarray(np.random.default_rng(1).normal(size=tensors[0].shape), jnp.float32)
     forward = lambda memory, tensors: form(memory, *rest, *tensors)
@@ -80,7 +79,7 @@ def compile_pair(form, inputs):
 
 
 def milliseconds(functions, arguments, repeats: int = 9) -> list[float]:
-    """Median time of each function, run in turn so that a drift of the machine's speed meets all of them."""
+    """Median time of each function, run in turn so that a drift of the machine's speed affects all of them."""
     times = []
     for _ in range(repeats):
         times.append([])
@@ -106,7 +105,7 @@ def main(sizes: list[str]):
         arguments = inputs[0][0], inputs[1]
         ours, theirs = compile_pair(gated_linear_attention, inputs), compile_pair(authors_form, inputs)
         difference = max(largest_difference(a(*arguments), b(*arguments)) for a, b in zip(ours, theirs, strict=True))
-        # single gradients are ill-conditioned where norm . q is close to 0: float32 itself allows no better
+        # Single gradients are ill-conditioned if norm . q is close to 0: float32 itself allows no better.
         assert difference < 1e-3, f"the two forms disagree by {difference:.1e} at T {T}, B {B}, eta {eta}"
         row = f"{T:4}{B:4}{eta:5}  "
         for pair in zip(ours, theirs, strict=True):

@@ -1,17 +1,17 @@
-"""Success over the corridor's length for the five memories on the T-Maze, at an equal budget of steps.
+"""Success over the corridor's length for the five memories on the T-Maze, with an equal budget of steps.
 
     python benchmarks/corridors.py
     python benchmarks/corridors.py --size small --learning-rates 2e-3 4e-3 8e-3 --total-timesteps 1e6 --at-once 2
 
-Trains under runs/ what is not there yet, goes on with what was interrupted, and then prints two tables of the share of
-episodes solved by the final parameters with sampled actions, mean over seeds and its 95% interval (Student's t): with
-the published gates, and with gates that start with long memories (--chrono-steps of AGaLiTe and GaLiTe). The others
-have no such gates and stand in both tables with the same runs. It also writes docs/corridors_<size>.csv, a row per
-seed, and docs/corridors_<size>.png. All seeds of a setting are one run (--num-seeds of the scripts).
+Trains what is missing under runs/, resumes what was interrupted, and then prints two tables of the share of episodes
+that the final parameters solve with sampled actions, as a mean over seeds with its 95% interval (Student's t): with the
+published gates, and with gates that start with long memories (--chrono-steps of AGaLiTe and GaLiTe). The others have no
+such gates, so both tables show the same runs of them. It also writes docs/corridors_<size>.csv, a row per seed, and
+docs/corridors_<size>.png. All seeds of a setting are one run (--num-seeds of the scripts).
 
-The agents are of the published size or all of about 45,000 parameters, so that a CPU gets through them. With
---learning-rates each memory with each kind of gates first tries these, on a length and seeds of their own, and keeps
-the one with the highest success over the whole training. All other settings are the scripts' defaults.
+The agents have the published size, or about 45,000 parameters each, for a CPU. With --learning-rates, each memory with
+each kind of gates first tries these, at corridor 80 with other seeds, and keeps the one with the highest success over
+the whole training. All other settings are the scripts' defaults.
 """
 
 import csv
@@ -44,8 +44,8 @@ Gates = Literal["published", "chrono"]
 Size = Literal["published", "small"]
 TITLES = {"published": "published gates", "chrono": "gates that start with long memories"}
 CHRONO_STEPS = {"published": 1, "chrono": 300}
-GATED = ("agalite", "galite")  # have such gates
-# Flags that change nothing in the computation.
+GATED = ("agalite", "galite")  # memories with such gates
+# Flags that do not affect the computation.
 FREE = "runs_dir resume evaluate checkpoint_interval eval_episodes capture_video track distributed".split()
 TRIED = {"length": 80, "seed": 100, "num_seeds": 2}  # where learning rates are tried
 HEADS = ["--d-actor=32", "--d-critic=32"]
@@ -66,15 +66,15 @@ class Args:
     lengths: tuple[int, ...] = (20, 40, 80, 120, 160, 200)
     """corridors"""
     num_seeds: int = 5
-    """seeds of each setting, from 1 on"""
+    """seeds of each setting, starting at 1"""
     gates: tuple[Gates, ...] = get_args(Gates)
     """initial gates"""
     size: Size = "published"
-    """of the agents"""
+    """size of the agents"""
     learning_rates: tuple[float, ...] = ()
-    """tried by each memory; none: the scripts' own"""
+    """rates that each memory tries; none: the scripts' own"""
     total_timesteps: str = "1.5e6"
-    """environment steps of each seed"""
+    """environment steps per seed"""
     at_once: int = 1
     """runs at a time, each on its share of the cores"""
 
@@ -103,7 +103,7 @@ class Run:
         return flags + (SMALL[self.model] if self.size == "small" else [])
 
     def folder(self) -> Path | None:
-        """Where this very run is, finished or not; None if nothing of it was saved."""
+        """The folder of this run, finished or not; None if nothing was saved."""
         script = importlib.import_module(self.script)
         binding = lambda args: {name: value for name, value in args.items() if name not in FREE}
         wanted = binding(dataclasses.asdict(script.parse_args(self.flags)))
@@ -118,7 +118,7 @@ class Run:
         return folder is not None and (folder / "evaluation.json").exists()
 
     def begin(self, cores: set[int], said) -> subprocess.Popen:
-        """Starts it or goes on with it; what it says goes into the file `said`."""
+        """Starts or resumes the run; its output goes into the file `said`."""
         folder = self.folder()
         flags = [f"--resume={folder}"] if folder else self.flags
         command = [sys.executable, str(ROOT / f"{self.script}.py"), *flags]
@@ -129,12 +129,12 @@ class Run:
         return list(csv.DictReader((self.folder() / "metrics.csv").open()))
 
     def mean_success(self) -> float:
-        """Over the updates in which an episode ended, of all seeds."""
+        """The mean over the updates of all seeds in which an episode ended."""
         shares = [row["charts/success_rate"] for row in self.metrics()]
         return float(np.mean([float(share) for share in shares if share]))
 
     def rows(self) -> list[dict]:
-        """What it is and how it ended, of each seed."""
+        """The setting and the result of each seed."""
         final, metrics = json.loads((self.folder() / "evaluation.json").read_text()), self.metrics()
         setting = {name: value for name, value in dataclasses.asdict(self).items() if name != "num_seeds"}
         rows = []
@@ -147,7 +147,7 @@ class Run:
 
 
 def alone():
-    """Keeps another call out, which would train in the same folders -> the file to keep open until the end."""
+    """Excludes another call, which would train in the same folders -> the file to keep open until the end."""
     Path("runs").mkdir(exist_ok=True)
     file = open("runs/corridors.lock", "w")
     try:
@@ -158,7 +158,7 @@ def alone():
 
 
 def train(waiting: list[Run], at_once: int) -> None:
-    """Trains all of them. Ctrl-C, SIGTERM or a run that fails stops those that run, saved; the next call goes on."""
+    """Trains all runs. Ctrl-C, SIGTERM or a failed run stops the running ones, which save; the next call resumes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     shares = [set(share.tolist()) for share in np.array_split(sorted(os.sched_getaffinity(0)), at_once)]
     running = {}
@@ -167,15 +167,15 @@ def train(waiting: list[Run], at_once: int) -> None:
             while waiting or running:
                 for number in set(range(at_once)) - set(running):
                     if waiting:
-                        run, said = waiting.pop(0), tempfile.TemporaryFile("w+")
-                        running[number] = run, said, run.begin(shares[number], said)
+                        run, printed = waiting.pop(0), tempfile.TemporaryFile("w+")
+                        running[number] = run, printed, run.begin(shares[number], printed)
                 time.sleep(1)
-                for number, (run, said, process) in list(running.items()):
+                for number, (run, printed, process) in list(running.items()):
                     if process.poll() is not None:
                         del running[number]
                         if process.returncode:
-                            said.seek(0)
-                            raise SystemExit(f"{run.script} {' '.join(run.flags)}: {said.read()[-500:]}")
+                            printed.seek(0)
+                            raise SystemExit(f"{run.script} {' '.join(run.flags)}: {printed.read()[-500:]}")
                         bar.update()
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on") from None
@@ -187,10 +187,10 @@ def train(waiting: list[Run], at_once: int) -> None:
 
 
 def best(trials: list[Run]) -> float | None:
-    """The learning rate with which training went best; says how it went with each."""
+    """The learning rate with the highest mean success; prints that of each."""
     if len(trials) > 1:
-        said = ", ".join(f"{run.learning_rate:g}: {run.mean_success():.2f}" for run in trials)
-        print(f"{trials[0].model}, {TITLES[trials[0].gates]}: mean success while training by learning rate {said}")
+        printed = ", ".join(f"{run.learning_rate:g}: {run.mean_success():.2f}" for run in trials)
+        print(f"{trials[0].model}, {TITLES[trials[0].gates]}: mean success while training by learning rate {printed}")
         return max(trials, key=Run.mean_success).learning_rate
     return trials[0].learning_rate
 
@@ -209,7 +209,7 @@ def main(args: Args) -> None:
 
 
 def compare(args: Args) -> None:
-    """Trains what is missing, and prints, writes and draws what came of it."""
+    """Trains what is missing, and prints, writes and draws the results."""
     run_of = functools.partial(Run, total_timesteps=args.total_timesteps, size=args.size)
     kinds = [(model, gates) for model in args.models for gates in (args.gates if model in GATED else ("published",))]
     rates = args.learning_rates or (None,)
@@ -240,7 +240,7 @@ def compare(args: Args) -> None:
                 cells.append(interval(own))
             mean, half = np.array(cells).T
             print(f"| {model} | " + " | ".join(f"{m:.2f} ± {h:.2f}" for m, h in cells) + " |")
-            beside = np.array(args.lengths) + 1.5 * number  # or the intervals would hide each other
+            beside = np.array(args.lengths) + 1.5 * number  # otherwise the intervals would hide each other
             axis.errorbar(beside, mean, half, label=model, marker="o", markersize=3, capsize=2, alpha=0.8)
         axis.set(title=TITLES[gates], xlabel="corridor length", ylabel="success", ylim=(-0.05, 1.05))
         axis.grid(alpha=0.3)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Craftax with the settings of PPO with which a published GTrXL reaches 18% of the maximum after 1e9 steps. For a GPU.
+# Craftax with the PPO settings of a published GTrXL that reaches 18% of the maximum after 1e9 steps. For a GPU.
 # Not run here: docs/craftax.md has the curve to compare with.
 #
 #     benchmarks/craftax_other_settings.sh [seed ...]

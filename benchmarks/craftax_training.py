@@ -4,9 +4,9 @@
         --num-layers 2 --d-model 64 --d-head 32
     python benchmarks/craftax_training.py --memory-only
 
-Flags are the scripts' own; without any, the published size. All are compiled first and then run in turn, with random
-actions where there is no agent. Memory is what XLA plans for one whole update, its arguments and results included;
---memory-only stops there, so that it can be seen on a machine that could not run it.
+Flags are the scripts' own; without any, the published size. All programs are compiled first and then run in turn, with
+random actions if there is no agent. Memory is what XLA plans for one whole update; a result that takes the place of an
+argument counts once. --memory-only stops there, for a machine that could not run the update.
 
 The last two rows are parts of AGaLiTe's agent, alone. They run as often as in an update: acting in each step, learning
 in each minibatch of each epoch. One over their ratio is their share of AGaLiTe's time.
@@ -33,7 +33,7 @@ ROUNDS = 5
 
 
 def training(script, args, agent_class):
-    """-> update(runner), and a runner."""
+    """-> update(runner), a function from a key to a runner."""
     env = script.make_env(args, args.num_envs)
     agent = agent_class(args, env.action_space(env.default_params).n)
     one_seed = lambda key: jax.tree.map(lambda x: x[None], script.init(args, env, agent, key))  # as scripts have it
@@ -41,7 +41,7 @@ def training(script, args, agent_class):
 
 
 def environment(args, env):
-    """-> a rollout with random actions, and where it begins."""
+    """-> a rollout with random actions, a function from a key to its start."""
     params = env.default_params
 
     def rollout(carry):
@@ -49,7 +49,7 @@ def environment(args, env):
             key, _, state = carry
             key, action_key, step_key = jax.random.split(key, 3)
             action = jax.random.randint(action_key, (args.num_envs,), 0, env.action_space(params).n)
-            return (key, *env.step(step_key, state, action, params)[:2]), None  # observations too, or XLA omits them
+            return (key, *env.step(step_key, state, action, params)[:2]), None  # observations, too: else XLA omits them
 
         return jax.lax.scan(step, carry, length=args.num_steps)[0]
 
@@ -57,7 +57,7 @@ def environment(args, env):
 
 
 class Attention(nn.Module):
-    """AGaLiTe's, with the weight of its frequencies filled in."""
+    """AGaLiTe's attention, with the weight of its frequencies filled in."""
 
     args: agalite.Args
 
@@ -67,9 +67,10 @@ class Attention(nn.Module):
 
 
 def part(args, module, times: int, over_time, *memory):
-    """A module that stands `times` times in the agent. over_time: its inputs (T, B, ...); memory: (B, ...), if any.
+    """A module that is `times` times in the agent. over_time: its inputs (T, B, ...); memory: (B, ...), if any.
 
-    -> passes((params, memory)) of an update, and where they begin. All outcomes are used, or XLA would leave them out.
+    -> passes((params, memory)) of an update, a function from a key to their start. All results are used; otherwise XLA
+    would omit them.
     """
     b = args.num_envs // args.num_minibatches
     starts = jnp.tile(jnp.arange(0, args.num_envs, b), args.update_epochs)  # another minibatch each time

@@ -1,9 +1,9 @@
-"""The encoders of images as the scripts run them, in pieces, against all images at once and XLA's own convolutions.
+"""Image encoders as the scripts run them, in pieces, against all images at once and XLA's own convolutions.
 
     python benchmarks/encoder.py [--batch 128]
 
-Milliseconds of CPU time (of wall time on a GPU, where there are no pieces), and how many times ours: values, gradients,
-and gradients inside a loop, as in the scripts' update. Parameters are the same; that all agree is checked first.
+Prints milliseconds of CPU time (on a GPU, which has no pieces, of wall time) and ratios to ours: values, gradients, and
+gradients inside a loop, as in the scripts' update. Parameters are the same; a check first shows that all agree.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 
 class InPieces(nn.Module):
-    """The encoder as the agents of images call it."""
+    """The encoder as agents that see images call it."""
 
     encoder: type[nn.Module]
 
@@ -34,7 +34,7 @@ class InPieces(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """ConvEncoder by nn.Conv."""
+    """ConvEncoder with nn.Conv."""
 
     @nn.compact
     def __call__(self, obs):
@@ -67,7 +67,7 @@ def milliseconds(function, *inputs) -> float:
 
 
 def main(batch: int) -> None:
-    print(f"{batch} images, eight of them a time step, on {jax.devices()[0].device_kind}\n")
+    print(f"{batch} images, eight per time step, on {jax.devices()[0].device_kind}\n")
     print("| encoder | | ours, ms | at once, ms | ratio | nn.Conv, ms | ratio |\n" + "| --- " * 7 + "|")
     for name, encoder, size in (
         ("Mystery Path", ppo_agalite_mysterypath.ConvEncoder, 84),

@@ -1,12 +1,12 @@
-"""Mystery Path: steps per second, images included, of ours and of Memory Gym, and what drawing paths costs.
+"""Mystery Path: steps per second, with images, of ours and of Memory Gym, and what drawing paths costs.
 
     taskset -c 1 python benchmarks/environments.py --memory-gym-python memory-gym/bin/python
 
-Memory Gym needs another virtual environment (tests/record_mysterypath.py says how to make one); without it its column
-says "not run". The two run in turn, with random actions and through ends of episodes, on the one core that taskset
+Memory Gym needs another virtual environment (tests/record_mysterypath.py says how to make one); without it, its column
+is "not run". The two run in turn, with random actions and through ends of episodes, on the one core that taskset
 leaves to both. Ours steps 256 environments in a jitted loop of 128 steps, and draws a new pool of paths before each,
-which is counted. Images are made in each step but not kept, as training would keep them. tests/test_mysterypath.py
-shows that both do the same.
+which is counted. Images are made in each step but, unlike in training, not kept. tests/test_mysterypath.py shows that
+both do the same.
 """
 
 import argparse
@@ -31,7 +31,7 @@ IDS = {
 
 
 def measure_memory_gym(env_id: str) -> dict:
-    """-> steps/s with resets, µs a reset. Run by the Python that has Memory Gym and no JAX."""
+    """-> steps/s with resets, µs per reset. Run by the Python that has Memory Gym and no JAX."""
     os.environ["SDL_VIDEODRIVER"] = "dummy"
     import gymnasium
     import memory_gym  # noqa: F401 (registers the environments)
@@ -84,7 +84,7 @@ class Ours:
         self.device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
     def measure(self) -> dict:
-        """-> steps/s with refreshes, ms a refresh, its share of the time, episodes an environment and rollout."""
+        """-> steps/s with refreshes, ms per refresh, its share of the time, episodes per environment and rollout."""
         steps, refreshing, episodes, begin = 0, [], [], time.perf_counter()
         while time.perf_counter() - begin < SECONDS:
             start = time.perf_counter()
@@ -109,7 +109,7 @@ def median(rows: list[dict]) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--memory-gym-python", help="the python of a virtual environment with memory-gym==1.0.2")
-    parser.add_argument("--pool-size", type=int, default=8, help="paths an environment and rollout")
+    parser.add_argument("--pool-size", type=int, default=8, help="paths per environment and rollout")
     parser.add_argument("--as-memory-gym", choices=IDS, help=argparse.SUPPRESS)  # this file, as run by that python
     args = parser.parse_args()
     if args.as_memory_gym:
@@ -122,8 +122,8 @@ def main():
         ours, rows, theirs = Ours(env_id, args.pool_size), [], []
         if i == 0:
             print(f"{ours.device}, {cores} core(s); {NUM_ENVS} environments, pools of {args.pool_size}\n")
-            columns = ["", "steps/s", "Memory Gym's", "ratio", "refresh, ms", "its share of the time", "µs a path"]
-            columns += ["Memory Gym's reset, µs", "episodes an environment and rollout"]
+            columns = ["", "steps/s", "Memory Gym's", "ratio", "refresh, ms", "its share of the time", "µs per path"]
+            columns += ["Memory Gym's reset, µs", "episodes per environment and rollout"]
             print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
         for _ in range(ROUNDS):
             rows.append(ours.measure())

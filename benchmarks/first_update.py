@@ -2,8 +2,8 @@
 
     python benchmarks/first_update.py ppo_agalite_tmaze.py [its flags]
 
-Starts it in an empty folder, without a cache of compiled programs, as often as --repeats says (3), and prints medians:
-imports, up to "Compiling"; initialisation, compiled and run; and the first update, compiled and run.
+Starts it --repeats times (3) in an empty folder, without a cache of compiled programs, and prints medians: imports, up
+to "Compiling"; initialisation, compiled and run; and the first update, compiled and run.
 """
 
 import argparse

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# For whoever has a GPU: what it computes, how fast, and the T-Maze until it is solved. Writes docs/results/gpu.md.
+# On a GPU: what it computes, how fast, and the T-Maze until it is solved. Writes docs/results/gpu.md.
 #
 #     benchmarks/gpu.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 folder=$(mktemp -d)
-set -m  # each job is a process group, so that the next line ends it with all that it has started
+set -m  # each job is a process group, so that the next line also ends what it has started
 trap 'for job in $(jobs -p); do kill -- "-$job"; done 2> "$folder/none" || true; rm -rf "$folder"' EXIT
 mkfifo "$folder/go"
 exec 3<> "$folder/go"
 export PYTHONPATH=. XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_COMPILATION_CACHE_DIR=$folder/cache
-# XLA would time variants of each matrix product, while other processes use the GPU too: minutes, and useless numbers.
+# XLA would time variants of each matrix product while other processes use the GPU: minutes for useless numbers.
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 python -c 'import jax; assert jax.default_backend() == "gpu", "no GPU: see README.md for the CUDA build of JAX"'
 
-job() {  # NAME COMMAND: runs it in the background, keeps what it prints, and shows it if it fails
+job() {  # NAME COMMAND: runs it in the background, keeps its output, and shows it if it fails
   { "${@:2}" > "$folder/$1" 2> "$folder/$1.errors" <&3 || {
     touch "$folder/failed"
     echo "$1 failed:"
@@ -24,7 +24,7 @@ job() {  # NAME COMMAND: runs it in the background, keeps what it prints, and sh
   }; } &
 }
 
-# Most of the time goes into compilation. So all programs are compiled at once, beside the tests and the training ...
+# Compilation takes most of the time. So all programs are compiled at once, beside the tests and the training ...
 job scripts python benchmarks/all_scripts.py --wait
 scripts=$!
 job attention python benchmarks/attention.py 512,4,4 128,16,4 128,128,8

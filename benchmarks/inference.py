@@ -4,13 +4,13 @@
 
 The context is GTrXL's --memory-len; the other memories do not depend on it. Every agent has the published size. Acting
 is a step of a batch of environments, one of 64 in a compiled loop as in a rollout; training is the gradient of a loss
-over 256 steps of 4 environments. Operations are counted in the traced program: a loop's, as often as it runs, but once
-if they depend on parameters alone, because XLA moves these out of the loop. Peak memory is what the compiler reserves
-beyond inputs and outputs, state is what one environment carries. "GTrXL, cached" keeps keys and values while acting
-instead of layer inputs; it is checked to give the same outputs. Agents run in turn, so trust the ratios to GTrXL of the
-same length, and not the microseconds.
+over 256 steps of 4 environments. Operations are counted in the traced program: a loop's as often as it runs, but once
+if they depend only on parameters, because XLA moves these out of the loop. Peak memory is what the compiler reserves
+beyond inputs and outputs; state is what one environment carries. "GTrXL, cached" keeps keys and values while acting
+instead of layer inputs; a check shows that it gives the same outputs. Agents run in turn, so trust the ratios to GTrXL
+of the same length, not the microseconds.
 
-Leaves docs/inference.csv and docs/inference.png.
+Writes docs/inference.csv and docs/inference.png.
 """
 
 import csv
@@ -43,7 +43,7 @@ def build(name: str, B: int, **changes):
 
 
 def cached_step(script, args, params, obs, memory):
-    """One step of GTrXL from cached keys and values (B, L, M, H, d) and which are visible (B, M); nothing resets."""
+    """One step of GTrXL from cached keys and values (B, L, M, H, d) and which are visible (B, M), without resets."""
     keys, values, visible = memory
     p, H, d, M = params["params"], args.num_heads, args.d_head, args.memory_len
     gtrxl = p["GTrXL_0"]
@@ -77,7 +77,7 @@ def cached_step(script, args, params, obs, memory):
 
 
 def acting(name: str, B: int, length: int):
-    """-> a function of (params, obs (1, B, OBS), memory) and its first and last argument."""
+    """-> a function of (params, obs (1, B, OBS), memory), its first and its last argument."""
     cached = name == "gtrxl, cached"
     script = importlib.import_module(f"ppo_{name.split(',')[0]}_tmaze")
     changes = {"memory_len": length} if "gtrxl" in name else {}
@@ -90,7 +90,7 @@ def acting(name: str, B: int, length: int):
 
 
 def check_cache(B: int = 2, length: int = 5, steps: int = 12):
-    """The cached variant gives what GTrXL gives, beyond the length of its window."""
+    """The cached variant must equal GTrXL, also after more steps than its window."""
     obs = np.random.default_rng(0).normal(size=(steps, 1, B, OBS)).astype(np.float32)
     outputs = []
     for name in ("gtrxl", "gtrxl, cached"):
@@ -121,9 +121,9 @@ MOVES |= set("convert_element_type split rev dynamic_update_slice scatter-add ex
 
 
 def operations(equations) -> float:
-    """Floating-point operations: 2 per multiply-add in matrix products, 1 per element that any other operation makes.
+    """Floating-point operations: 2 per multiply-add in matrix products, 1 per element that another operation makes.
 
-    The compiler's own count takes the body of a loop once; this one takes it as often as it runs.
+    The compiler counts the body of a loop once; this function counts it as often as it runs.
     """
     total = 0.0
     for equation in equations:
@@ -144,7 +144,7 @@ def operations(equations) -> float:
 
 
 def cut_loop(body, num_consts: int):
-    """-> the equations of a scan's body that depend only on what is the same in all of its steps, and the others."""
+    """-> the equations of a scan's body that depend only on what is the same in all steps, and the others."""
     same, once, often = {*body.invars[:num_consts], *body.constvars}, [], []
     for equation in body.eqns:
         if all(isinstance(x, Literal) or x in same for x in equation.invars):
@@ -156,7 +156,7 @@ def cut_loop(body, num_consts: int):
 
 
 def looped(step):
-    """LOOP acting steps in one program, each handing its memory to the next -> the last one's memory, all outputs."""
+    """LOOP acting steps in one program, each passing its memory to the next -> the last memory, all outputs."""
 
     def loop(params, obs, memory):  # obs (LOOP, 1, B, OBS)
         def body(memory, obs):
@@ -175,14 +175,14 @@ def compile_(function, *arguments):
 
 
 def microseconds(cases: dict, budget: float) -> dict:
-    """Median time of each (compiled, arguments), run in turn so that a drift of the machine's speed meets all."""
+    """Median time of each (compiled, arguments), run in turn so that a drift of the machine's speed affects all."""
     times = {key: [] for key in cases}
     for compiled, arguments in cases.values():
         jax.block_until_ready(compiled(*arguments))
     start = time.perf_counter()
     while time.perf_counter() - start < budget or len(times[next(iter(times))]) < 5:
         for key, (compiled, arguments) in cases.items():
-            jax.block_until_ready(compiled(*arguments))  # refills the caches, which the last one has emptied
+            jax.block_until_ready(compiled(*arguments))  # refills the caches, which the previous case has emptied
             begin = time.perf_counter()
             jax.block_until_ready(compiled(*arguments))
             times[key].append(1e6 * (time.perf_counter() - begin))
@@ -221,7 +221,7 @@ def measure() -> list[dict]:
 
 
 def table(rows: list[dict]):
-    """Prints each figure as a ratio to GTrXL at the same length, below 1 where less is needed."""
+    """Prints each figure as a ratio to GTrXL at the same length, below 1 if less is needed."""
     for work, B in dict.fromkeys((row["work"], row["batch"]) for row in rows):
         print(f"\n{work}, {B} environments\n")
         print("| agent | length | time, µs | to GTrXL | operations to GTrXL | state, kB | to GTrXL | peak to GTrXL |")

@@ -14,7 +14,7 @@ export PYTHONPATH=.
 flags=(--runs-dir runs/memory_ablation --seed "${1:-1}" --num-seeds 5 --corridor-len 80)
 flags+=(--num-layers 2 --d-model 64 --d-head 32 --d-ffc 64 --d-actor 64 --d-critic 64)
 
-# In the style of linear transformers (Katharopoulos et al. 2020): GaLiTe with eta 1, whose memory adds up all that it
+# In the style of linear transformers (Katharopoulos et al. 2020): GaLiTe with eta 1, whose memory sums all that it
 # reads. Features are GaLiTe's relu, and p1 still scales each key.
 linear=$(mktemp -d)/ppo_linear_tmaze.py
 sed -e 's/keep \* (1 - gamma)/keep/' -e 's/new_k = gamma \*/new_k =/' \

@@ -1,13 +1,12 @@
-"""Memory Maze: steps per second of ours and of the package as it is, what a new maze costs, and who waits for it.
+"""Memory Maze: steps per second of ours and of the original package, what a new maze costs, and who waits for it.
 
     taskset -c 1 python benchmarks/memorymaze.py
     python benchmarks/memorymaze.py --workers 2
 
-The first plays both in turn, in one process on one core, with the same actions: mostly forward, with turns. Resets are
-timed apart from steps. The second times the steps of Workers, through ends of episodes that fall at different times,
-and apart from the rest those steps in which an episode ends or the maze after the present one is being made; by the
-clock, which other programs on the machine disturb, and in CPU time. That ours and the package do the same is what
-tests/compare_memorymaze.py shows.
+The first command plays both in turn, in one process on one core, with the same actions: mostly forward, with turns. It
+times resets separately. The second times the steps of Workers, through ends of episodes at different times, and
+separately the steps in which an episode ends or the next maze is made: in wall-clock time, which other programs on the
+machine disturb, and in CPU time. tests/compare_memorymaze.py shows that ours and the package do the same.
 """
 
 import argparse
@@ -63,7 +62,7 @@ def one_core(size: str):
     for step in (ours.step, package.step):  # the first images take longer
         steps_per_second(step, endless_actions(1))
     for _ in range(ROUNDS):
-        package.reset()  # or it would reset by itself among the timed steps
+        package.reset()  # otherwise it would reset during the timed steps
         rates.append((steps_per_second(ours.step, actions[0]), steps_per_second(package.step, actions[1])))
     their_reset = np.median([timed(package.reset) for _ in range(RESETS)])
     unprepared, prepared, during = [], [], []
@@ -80,7 +79,7 @@ def one_core(size: str):
 
 
 class Clocked(gymnasium.Wrapper):
-    """Adds to info the ms of CPU time that the call took: other programs on the machine hardly change it."""
+    """Adds the call's CPU time in ms to info: other programs on the machine hardly change it."""
 
     def _clock(self, function, *args, **kwargs):
         start = time.process_time()
@@ -128,7 +127,7 @@ def workers(size: str, num_envs: int, num_steps: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=MAX_STEPS, nargs="+", default=list(MAX_STEPS))
-    parser.add_argument("--workers", type=int, help="so many environments in processes of their own")
+    parser.add_argument("--workers", type=int, help="number of environments, each a process")
     parser.add_argument("--num-steps", type=int, default=3000)
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -139,7 +138,7 @@ def main():
         for size in args.size:
             workers(size, args.workers, args.num_steps)
         return
-    columns = ["", "steps/s", "the package's", "ratio", "a reset, ms", "longest step while a maze is made, ms"]
+    columns = ["", "steps/s", "the package's", "ratio", "reset, ms", "longest step while a maze is made, ms"]
     columns += ["a reset without preparation, ms", "the package's reset, ms"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for size in args.size:

@@ -3,7 +3,7 @@
     taskset -c 0 python benchmarks/memorymaze_training.py ppo_agalite_memorymaze --num-channels 4 --num-envs 16
 
 Flags are the script's own; without any, the published size. Each part is measured alone. Run it on one core: with more,
-the workers overlap, and the parts do not add up to the whole. Milliseconds are those of one step of one environment.
+the workers overlap, and the parts do not add up to the whole. Milliseconds are per step of one environment.
 Transitions are random, mazes are not.
 """
 
@@ -73,7 +73,7 @@ def agent_parts(script, args) -> dict[str, float]:
     params = {"params": train_state.params["params"]["encoder"]}
     times = args.num_minibatches * args.update_epochs
 
-    def passes(params):  # as often as an update, in a loop, as there
+    def passes(params):  # as often as in an update, and in a loop, too
         loss = lambda params: jnp.square(pieces(params, minibatch)).sum()
         step = lambda params, _: (jax.tree.map(lambda p, g: p - 1e-9 * g, params, jax.grad(loss)(params)), None)
         return jax.lax.scan(step, params, length=times)[0]

@@ -5,9 +5,9 @@
 
 The oracle walks towards the visible goal and remembers every tile that was on the path or beside it. The first command
 plays 1000 episodes with it. The second trains a script's agent to imitate it: the agent acts, and cross-entropy teaches
-it what the oracle would do in its place (DAgger, Ross et al. 2011). It shows what the network can learn when the
-exploration and the rewards of reinforcement learning are out of the way. The flags are the script's own; those of PPO's
-loss have no effect.
+it what the oracle would do in its place (DAgger, Ross et al. 2011). It shows what the network can learn without the
+exploration and the rewards of reinforcement learning. The flags are the script's own; those of PPO's loss have no
+effect.
 """
 
 import functools
@@ -90,7 +90,7 @@ def play(num_episodes: int) -> dict[str, jax.Array]:
 
 
 def imitate(script, args):
-    """Trains the agent -> rows of (steps, cross-entropy, return, success), means over a tenth of the training each."""
+    """Trains the agent -> rows of (steps, cross-entropy, return, success), each a mean over a tenth of the training."""
     env = script.make_env(args, args.num_envs)
     agent = script.ActorCritic(args, env.action_space(env.default_params).n)
     runner = jax.jit(functools.partial(script.init, args, env, agent))(jax.random.key(args.seed))

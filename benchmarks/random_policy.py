@@ -1,8 +1,8 @@
-"""Evaluates a policy that draws its actions at random in a script's environment: what learning has to be better than.
+"""Evaluates a random policy in a script's environment: the baseline that learning must beat.
 
     python benchmarks/random_policy.py ppo_agalite_craftax.py --env-id Craftax-Classic-Symbolic-v1 --eval-episodes 200
 
-The flags are the script's own; --env-id, --seed, --eval-episodes and the environment's sizes are what matters here.
+The flags are the script's own; only --env-id, --seed, --eval-episodes and the environment's sizes matter here.
 """
 
 import functools
@@ -22,7 +22,7 @@ from benchmarks.results import interval
 
 
 class RandomAgent(NamedTuple):
-    """All actions alike, no memory."""
+    """All actions are equally likely; no memory."""
 
     num_actions: int
 
@@ -34,8 +34,8 @@ class RandomAgent(NamedTuple):
 
 
 def evaluate(script, args) -> dict[str, np.ndarray]:
-    """-> return, length and what else the environment tells of an episode, (E,) each."""
-    if hasattr(script, "host_evaluate"):  # environments in processes of their own
+    """-> return, length and other outcomes of each episode, (E,) each."""
+    if hasattr(script, "host_evaluate"):  # environments in separate processes
         workers = script.Workers([script.make_env(args, index) for index in range(args.num_envs)])
         envs = script.RecordEpisodeStatistics(workers)
         try:

@@ -3,8 +3,8 @@
     python benchmarks/recurrent.py
 
 Flax's cells compute the input products in the loop, and its backward pass adds to the gradient of each kernel in every
-step. Ours computes both outside the loop, the kernel's gradient in one product (`over_time`). That they are equal is
-tested (tests/test_rnn.py). Each row measures both in turn, so trust the ratios and not the milliseconds.
+step. Ours computes both outside the loop, the kernel's gradient in one product (`over_time`). tests/test_rnn.py shows
+that they are equal. Each row measures both in turn, so trust the ratios, not the milliseconds.
 """
 
 import sys

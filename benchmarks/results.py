@@ -1,15 +1,15 @@
-"""A table and curves of runs, from the folders that they have left.
+"""A table and curves of runs, from their folders.
 
     python benchmarks/results.py docs/results/tmaze runs/tmaze__ppo_agalite_tmaze__*
 
 writes docs/results/tmaze.md, a row per seed, and docs/results/tmaze.png: the outcome over steps and over minutes, and
-the length of episodes over steps. Runs whose script or flags differ get a colour each, and a column for each flag that
-differs. A thin line is a seed, a thick line the mean of the seeds (over steps only). A point is the mean of the last 2%
-of the run's episodes, but of 100 at least, initially of 20.
+the length of episodes over steps. Runs whose script or flags differ have different colours, and each flag that differs
+has a column. A thin line is a seed, a thick line the mean of the seeds (over steps only). A point is the mean of the
+last 2% of the run's episodes, but at least of 100, initially of 20.
 
 "Solved", on the T-Maze, is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the
-final evaluation with sampled actions; the median counts a seed that is not solved as infinitely late. Minutes, with
-compilation of the update, are those until solved on the T-Maze, and elsewhere those of the whole run. ± is a 95%
+final evaluation with sampled actions; the median counts a seed that is not solved as infinitely late. Minutes include
+compilation of the update; on the T-Maze, they are those until solved, elsewhere those of the whole run. ± is a 95%
 interval over seeds (Student's t).
 """
 
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy.stats import t as student
 
-# What a task is measured by: results of the evaluation. The first one is drawn.
+# The results of the evaluation that measure a task. The first one is drawn.
 OUTCOMES = {"tmaze": ["success"], "MysteryPath": ["episodic_return", "success"], "Craftax": ["score"]}
 # Flags that may differ between runs of one setting: the seed, and what does not change the training.
 FREE = {"runs_dir", "seed", "num_seeds", "distributed", "checkpoint_interval", "resume", "evaluate", "eval_episodes"}
@@ -35,9 +35,9 @@ FREE |= {"capture_video", "track"}
 
 
 def recent(rows: list[dict], metric: str, episodes: int) -> Iterator[tuple[dict, float, int]]:
-    """-> each update in which episodes have ended, the metric's mean over the last so many episodes, and their number.
+    """-> each update in which episodes have ended, the metric's mean over the last episodes, and their number.
 
-    Updates are whole: the window is of the fewest last updates that hold at least `episodes` episodes, or of all.
+    Updates are whole: the window has the fewest last updates with at least `episodes` episodes, or all of them.
     """
     window: list[tuple[float, float]] = []  # (episodes, sum of the metric) of an update
     for row in rows:
@@ -51,7 +51,7 @@ def recent(rows: list[dict], metric: str, episodes: int) -> Iterator[tuple[dict,
 
 
 def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> tuple[int, float] | None:
-    """-> global_step and minutes of the first update with that success over the last so many episodes, if any."""
+    """-> global_step and minutes of the first update with this success over the last `episodes` episodes, if any."""
     for row, mean, number in recent(rows, "charts/success_rate", episodes):
         if number >= episodes and mean >= success:
             return int(row["global_step"]), float(row["elapsed"]) / 60
@@ -66,7 +66,7 @@ def interval(values) -> tuple[float, float]:
 
 
 def cell(outcome: str, values: list[float]) -> str:
-    """Their mean, with its interval if there are several."""
+    """The mean of the values, with its interval if there are several."""
     form = ".1f" if outcome == "score" else ".3f"
     return " ± ".join(f"{x:{form}}" for x in interval(values)[: len(values)])
 
@@ -87,7 +87,7 @@ def draw(settings: dict[str, list[list[dict]]], outcome: str, path: Path):
             curves = [np.array(seed).T / [[60 if over == "elapsed" else 1], [1]] for seed in points if seed]
             for x, y in curves:
                 axis.plot(x, y, f"C{number}", linewidth=0.8, alpha=0.5)
-            if over == "global_step" and curves:  # minutes depend on what else a machine does
+            if over == "global_step" and curves:  # minutes depend on what else the machine does
                 x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
                 mean = np.mean([np.interp(x, *curve) for curve in curves], axis=0)
                 axis.plot(x, mean, f"C{number}", linewidth=2, label=name)

@@ -1,4 +1,4 @@
-"""The animation at the top of README: one episode per task, side by side, from the folders that runs have left.
+"""The animation at the top of README: one episode per task, side by side, from folders of runs.
 
     python ppo_agalite_tmaze.py --evaluate runs/tmaze__... --capture-video      # and so on: saves episode.gif
     python benchmarks/showcase.py docs/tasks.gif runs/tmaze__... runs/MysteryPath... runs/Craftax... runs/MemoryMaze...
@@ -26,7 +26,7 @@ def title_of(folder: Path) -> str:
 
 
 def panels_of(folder: Path, steps: int, every: int) -> list[Image.Image]:
-    """Every so many-th image of an episode, small and with a title."""
+    """Every `every`-th image of an episode, small and with a title."""
     episode = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(folder / "episode.gif"))][:steps]
     panels = []
     for frame in [*episode[:-1:every], episode[-1]]:
@@ -56,5 +56,5 @@ if __name__ == "__main__":
     parser.add_argument("path", type=Path, help="the animation to write")
     parser.add_argument("folders", type=Path, nargs="+", help="folders of runs with an episode.gif")
     parser.add_argument("--steps", type=int, default=165, help="steps of each episode to show")
-    parser.add_argument("--every", type=int, default=3, help="show every so many-th step")
+    parser.add_argument("--every", type=int, default=3, help="show one of so many steps")
     main(**vars(parser.parse_args()))

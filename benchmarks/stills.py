@@ -1,4 +1,4 @@
-"""Some frames of an episode's GIF in one image, below each other: the images at the top of pages in docs/.
+"""Some frames of an episode's GIF in one image, one below another: the images at the top of pages in docs/.
 
     python benchmarks/stills.py runs/.../episode.gif docs/mysterypath.png 5 8 13
 

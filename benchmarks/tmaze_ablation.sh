@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What each piece of the T-Maze recipe is worth: AGaLiTe at corridor 160 without one of them.
+# What each piece of the T-Maze recipe is worth: AGaLiTe at corridor 160 without one piece.
 # 1.5M steps, 4 to 5 minutes on one core per seed and piece. Then
 #
 #     python benchmarks/results.py docs/results/tmaze_ablation runs/tmaze_ablation/*

@@ -1,13 +1,13 @@
-"""Training speed on the T-Maze: our attention against the authors' form in its place, and the machine's bound.
+"""Training speed on the T-Maze: with our attention, with the authors' form, and the machine's bound.
 
     python benchmarks/training.py
 
-One update of the authors' amount of work (8 environments, 256 steps, one epoch, one minibatch), whole: acting,
+One whole update with the authors' amount of work (8 environments, 256 steps, one epoch, one minibatch): acting,
 learning, optimizer. The script's update has an axis of seeds, which makes ours faster on a CPU and the authors' form
 slower, so both are measured with and without it, in turn, and the ratio is of the best of each.
 
-The bound is the number of floating-point operations in matrix products alone, 14.2 MFLOP per step, over the rate that
-this machine reaches in a large matrix product, measured in the same run.
+The bound is the rate that this machine reaches in a large matrix product, measured in the same run, over the number of
+floating-point operations in matrix products alone, 14.2 MFLOP per step.
 """
 
 import functools
@@ -58,10 +58,8 @@ def main():
 
     size = sum(x.size for x in jax.tree.leaves(runner.train_state.params))
     rate = matrix_rate()
-    bound = rate / (4 * 2 * size)  # acting once, learning forward once and backward twice; 2 FLOP a parameter each
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {size:,} parameters, {8 * size / 1e6:.1f} MFLOP a step"
-    )
+    bound = rate / (4 * 2 * size)  # acting once, learning forward once and backward twice; 2 FLOP per parameter each
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {size:,} parameters, {8e-6 * size:.1f} MFLOP per step")
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s, so at most {bound:.0f} steps/s")
     best = {"ours": np.inf, "theirs": np.inf}
     for form, axis in [key[:2] for key in runs if key[2] == "update"]:

@@ -1,9 +1,9 @@
-"""Runs a script with its agent's memory taken away, to compare with: the memory is reset at every step.
+"""Runs a script without its agent's memory, for comparison: the memory is reset at every step.
 
     python benchmarks/without_memory.py ppo_agalite_mysterypath.py --total-timesteps 5e5
 
-Everything else is the script's: network, learning, flags, and the run's folder, in whose name "without_memory" stands.
-Resume and evaluate such a run through this file too: the script alone would give the agent its memory back.
+Everything else is the script's: network, learning, flags, and the run's folder, whose name has "without_memory" in it.
+Resume and evaluate such a run with this file, too: the script alone would give the agent its memory back.
 """
 
 import importlib
@@ -27,7 +27,7 @@ def forgetful(agent: type) -> type:
 
 def main(path: str, *flags: str) -> None:
     script = importlib.import_module(Path(path).stem)
-    sys.argv[0] += f" {path}"  # what the script prints as the way to resume
+    sys.argv[0] += f" {path}"  # the script prints this as the command to resume
     script.ActorCritic = forgetful(script.ActorCritic)
     script.main(script.parse_args([f"--exp-name={script.Args.exp_name}_without_memory", *flags]))
 

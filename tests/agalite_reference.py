@@ -1,8 +1,8 @@
-"""AGaLiTe once more, written from the formulas alone, slowly and in float64: nothing here comes from the scripts.
+"""A slow float64 reference of AGaLiTe, written from the formulas alone: nothing here comes from the scripts.
 
-Every step goes through all layers before the next one begins. All r frequencies have a state of their own, the
-expansions eta * d are written out, the angle w t is never wrapped. The same text runs on numpy (xp=np, a Python loop)
-and on JAX (xp=jnp, a scan), which then gives derivatives of this text.
+Every step goes through all layers before the next one begins. Each of the r frequencies has its own state, the
+expansions eta * d are written out, and the angle w t is never wrapped. The same code runs on numpy (xp=np, a Python
+loop) and on JAX (xp=jnp, a scan), which can differentiate it.
 """
 
 import jax
@@ -33,12 +33,12 @@ def gate(p, x, y, xp):
 
 
 def outer(a, b):
-    """(B, H, e), (B, H, d) -> (B, H, e * d), e slow and d fast."""
+    """(B, H, e), (B, H, d) -> (B, H, e * d), d is the fast axis."""
     return (a[..., :, None] * b[..., None, :]).reshape(*a.shape[:2], -1)
 
 
 def split(p, obs):
-    """-> noise for the logits, steps left until the time limit, and what the memory model reads of an observation."""
+    """-> noise for the logits, steps left until the time limit, and what the memory model reads."""
     actions = p["Dense_2"]["kernel"].shape[1]
     return obs[..., :actions], obs[..., actions], obs[..., actions + 1 :]
 
@@ -85,7 +85,7 @@ def attention(p, u, t, state, sizes, xp):
 
 
 def agent(params, obs, reset, t, states, sizes, num_layers, discount, xp):
-    """A whole ActorCritic. obs (T, B, n), reset (T, B), t (B,) the time of the step before, states one a layer.
+    """A whole ActorCritic. obs (T, B, n), reset (T, B), t (B,) the time of the previous step, states one per layer.
 
     -> (logits (T, B, actions), value (T, B)), (t, states) after the last step
     """

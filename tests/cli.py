@@ -1,4 +1,4 @@
-"""Runs the scripts as a user does: a command, from an empty folder."""
+"""Runs the scripts as a user does: by a command, in an empty folder."""
 
 import atexit
 import csv
@@ -22,17 +22,17 @@ from common import CRAFTAX, MEMORYMAZE, assert_identical, data, load, quick_comp
 
 REPOSITORY = Path(__file__).parents[1]
 
-# What makes a script small, for those that have the field; num_steps is shorter than an episode, so runs are cut in
+# Values that make a script small, if it has the field. num_steps is shorter than an episode, so runs are cut in
 # mid-episode.
 SMALL_FLAGS = {
     "corridor_len": 10, "max_episode_steps": 40, "env_id": "Craftax-Classic-Symbolic-v1", "optimistic_reset_ratio": 2,
     "num_layers": 1, "d_model": 16, "d_head": 8, "num_heads": 1, "d_ffc": 16, "eta": 2, "r": 1, "memory_len": 6,
     "hidden_size": 16, "d_encoder": 16, "d_actor": 16, "d_critic": 16,
     "num_channels": 2, "num_envs": 4, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 10,
-    "anneal_lr": False,  # or a run could not be made longer
+    "anneal_lr": False,  # otherwise a run could not be extended
 }  # fmt: skip
 BATCH = 4 * 16  # environment steps per update with these flags
-PATIENCE = 3600  # seconds, for a process that hangs; a busy machine must not fail a test
+PATIENCE = 3600  # seconds until a process counts as hung; a busy machine must not fail a test
 
 
 @functools.cache
@@ -44,10 +44,10 @@ def small_flags(script: str) -> list[str]:
     return [f"--no-{name}" if value is False else f"--{name}={value}" for name, value in flags.items()]
 
 
-FINISHED = tempfile.mkdtemp()  # for runs that several tests look at
+FINISHED = tempfile.mkdtemp()  # for runs that several tests share
 atexit.register(shutil.rmtree, FINISHED, ignore_errors=True)
 
-# Each program is compiled once, in a hurry, for all the processes of a test session.
+# Each program is compiled once, quickly, for all processes of a test session.
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": os.environ["COMPILED_FOR_TESTS"],
@@ -56,16 +56,16 @@ ENVIRONMENT = os.environ | {
     + "".join(f" --{name}={str(value).lower()}" for name, value in quick_compiler_options().items()),
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
-    "PYTHONPATH": str(REPOSITORY),  # for copies of scripts elsewhere
+    "PYTHONPATH": str(REPOSITORY),  # for copies of scripts in other folders
 }
 
 
 def start(
     script: str, *flags, cwd: Path, small: bool = True, stand_in: bool = True, path: Path | None = None, **options
 ) -> subprocess.Popen:
-    """Starts `python script.py flags` in cwd; of Craftax and Memory Maze with a stand-in, if `stand_in`.
+    """Starts `python script.py flags` in cwd, with a stand-in for Craftax and Memory Maze, if `stand_in`.
 
-    path: of an edited copy of the script, to run in its place.
+    path: an edited copy of the script, to run instead.
     """
     program = [path or REPOSITORY / f"{script}.py"]
     if script in CRAFTAX + MEMORYMAZE and stand_in:
@@ -76,7 +76,7 @@ def start(
 
 
 def edited(script: str, folder: Path, *changes: tuple[str, str]) -> Path:
-    """A copy of the script in another folder with some text replaced, each part of it once."""
+    """Copies the script to `folder` and replaces texts, each of which must occur once."""
     text = (REPOSITORY / f"{script}.py").read_text()
     for old, new in changes:
         assert text.count(old) == 1, old
@@ -87,7 +87,7 @@ def edited(script: str, folder: Path, *changes: tuple[str, str]) -> Path:
 
 
 def import_copy(path: Path):
-    """An edited copy of a script as a module."""
+    """Imports an edited copy of a script."""
     spec = importlib.util.spec_from_file_location(f"copy_of_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look it up
@@ -96,7 +96,7 @@ def import_copy(path: Path):
 
 
 def finish(process: subprocess.Popen, expect: int = 0) -> tuple[str, str]:
-    """Waits for it -> stdout, stderr; it must end with the exit status `expect`."""
+    """Waits for the process -> stdout, stderr. Its exit status must be `expect`."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
     finally:
@@ -117,13 +117,13 @@ def folder_of(cwd: Path) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """What metrics.csv holds."""
+    """The rows of metrics.csv."""
     with (folder / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 def lasting(folder: Path) -> list[dict[str, str]]:
-    """What metrics.csv holds, but for the columns that tell the time."""
+    """The rows of metrics.csv, without the columns that depend on the clock."""
     return [{k: v for k, v in row.items() if k not in ("elapsed", "charts/SPS")} for row in rows(folder)]
 
 
@@ -136,15 +136,15 @@ def wait_for_row(process: subprocess.Popen, cwd: Path, number: int):
 
 
 def wait_until(condition):
-    """Waits for something that happens soon, on a busy machine later."""
+    """Waits for something that happens soon, or later on a busy machine."""
     deadline = time.time() + PATIENCE
     while not condition():
-        assert time.time() < deadline, "in vain"
+        assert time.time() < deadline, "timed out"
         time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
-    """Whether that process runs, on Linux."""
+    """Whether this process runs, on Linux."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -152,7 +152,7 @@ def alive(pid: int) -> bool:
 
 
 def refusal(script: str, argv: list[str], capsys) -> str:
-    """What parse_args prints as it refuses, as one line."""
+    """What parse_args prints when it refuses, as one line."""
     with pytest.raises(SystemExit) as refused:
         load(script).parse_args(argv)
     assert refused.value.code not in (0, None)
@@ -162,7 +162,7 @@ def refusal(script: str, argv: list[str], capsys) -> str:
 
 
 def steps(folder: Path) -> list[int]:
-    """The checkpoints there, sorted."""
+    """The steps of the run's checkpoints, sorted."""
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
 
 
@@ -177,13 +177,13 @@ def checkpoint(folder: Path, step: int | None = None) -> dict:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """All files of a folder and what is in them."""
+    """All files of a folder and their contents."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @functools.cache
 def finished(script: str, updates: int = 200, interval: int = 20, *flags: str, **options) -> Path:
-    """The folder of a finished run, with its last two checkpoints `interval` updates apart; copy it to change it. What
+    """The folder of a finished run whose last two checkpoints are `interval` updates apart. Copy it to change it. What
     the run printed is beside it, see `printed`."""
     cwd = Path(tempfile.mkdtemp(dir=FINISHED))
     flags = "--total-timesteps", updates * BATCH, "--checkpoint-interval", interval, *flags
@@ -202,7 +202,7 @@ def saved_args(folder: Path) -> dict:
 
 
 def assert_same_outcome(folder: Path, expected: Path):
-    """As if the run had never stopped: the same bits in the last checkpoint, the same rows, the same evaluation."""
+    """As if the run had never stopped: the same bits in the last checkpoint, the same rows and evaluation."""
     assert lasting(folder) == lasting(expected)
     assert steps(folder)[-1] == steps(expected)[-1]
     assert_identical(checkpoint(folder), checkpoint(expected))

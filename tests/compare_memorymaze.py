@@ -1,10 +1,10 @@
-"""Plays Memory Maze in this repository and in its package side by side, and compares all that comes out.
+"""Plays this repository's Memory Maze and the package's side by side, and compares all outputs.
 
     python tests/compare_memorymaze.py --size 9x9 --steps 1000 --seeds 1 2
 
-Observations, rewards and, after each substep, contacts must be the same to the last bit. Most actions walk towards the
-present target, so that targets are reached; each fifth or so is random. Without --size all four are played, without
---steps whole episodes.
+Observations, rewards and, after each substep, contacts must be equal in every bit. Most actions walk towards the
+current target, so that targets are reached; about one in five is random. Without --size it plays all four sizes,
+without --steps whole episodes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from envs import memorymaze
 
 
 class Walker:
-    """Chooses actions: along the shortest way to the target, through the centres of the maze's cells."""
+    """Chooses actions along the shortest path to the target, through the centres of the maze's cells."""
 
     def __init__(self, package_env, seed: int):
         self.task, self.physics = package_env.task, package_env.physics
@@ -33,7 +33,7 @@ class Walker:
         return tuple(int(round(float(x))) for x in self.arena.world_to_grid_positions([position])[0])
 
     def distances(self, goal) -> np.ndarray:
-        """-> of each cell, in steps"""
+        """-> distance of each cell to the goal, in cells"""
         distance = np.full(self.free.shape, np.inf)
         distance[goal], border = 0, [goal]
         while border:
@@ -71,7 +71,7 @@ class Step(NamedTuple):
 
 
 def record(size: str, seed: int, num_steps: int) -> tuple[np.ndarray, list[Step]]:
-    """-> the package's first observation and what follows"""
+    """-> the package's first observation, its steps"""
     package = getattr(memorymaze.load().tasks, f"memory_maze_{size}")(image_only_obs=True, seed=seed)
     contacts = []
     package.add_extra_hook("after_substep", lambda physics, _: contacts.append(physics.data.contact.geom.copy()))
@@ -89,16 +89,16 @@ def record(size: str, seed: int, num_steps: int) -> tuple[np.ndarray, list[Step]
 
 def check(env: memorymaze.MemoryMaze, seed: int, first_obs: np.ndarray, steps: list[Step]) -> dict:
     """-> counts. Raises AssertionError at the first difference."""
-    assert np.array_equal(env.reset(seed=seed)[0], first_obs), f"seed {seed}: another first observation"
+    assert np.array_equal(env.reset(seed=seed)[0], first_obs), f"seed {seed}: the first observation differs"
     counts = {"steps": 0, "reward": 0.0, "steps with touches": 0, "contacts": 0}
     for i, step in enumerate(steps):
         obs, reward, terminated, truncated, _ = env.step(step.action)
         where = f"seed {seed}, step {i}"
-        assert np.array_equal(env.episode.data.qpos, step.position), f"{where}: another position"
-        assert np.array_equal(env.contacts, step.contacts), f"{where}: other contacts"
+        assert np.array_equal(env.episode.data.qpos, step.position), f"{where}: the position differs"
+        assert np.array_equal(env.contacts, step.contacts), f"{where}: the contacts differ"
         assert reward == step.reward, f"{where}: reward {reward}, not {step.reward}"
-        assert np.array_equal(obs, step.obs), f"{where}: another observation"
-        assert (terminated, truncated) == (False, step.last), f"{where}: another end"
+        assert np.array_equal(obs, step.obs), f"{where}: the observation differs"
+        assert (terminated, truncated) == (False, step.last), f"{where}: the end differs"
         counts["steps"] += 1
         counts["reward"] += reward
         counts["steps with touches"] += int(np.isin(step.contacts, env.episode.geoms).any())

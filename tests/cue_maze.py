@@ -1,4 +1,4 @@
-"""A task in place of Memory Maze, which takes days to learn and a renderer to draw: a cue in small images."""
+"""Replaces Memory Maze, which takes days to learn and needs a renderer: a cue in small images."""
 
 import functools
 
@@ -12,10 +12,10 @@ STEPS = 4
 
 
 class CueMaze(gymnasium.Env):
-    """First red or green, then black twice, then white, when an even action pays 1 after red, an odd one after green.
+    """First red or green, then black twice, then white: now an even action pays 1 after red, an odd one after green.
 
-    A random policy is right half of the time, and so is the best one without memory. So nothing can be learnt but to
-    remember. All episodes end by their time limit, as in the maze; the very first one may be shorter.
+    A random policy is right half of the time, and so is the best one without memory. So there is nothing to learn but
+    to remember. All episodes end by their time limit, as in the maze; the first one may be shorter.
     """
 
     observation_space = spaces.Box(0, 255, (8, 8, 3), np.uint8)
@@ -46,7 +46,7 @@ class CueMaze(gymnasium.Env):
 
 
 def make_env(args, index: int = 0):
-    """Like that of the scripts."""
+    """Like the scripts' make_env."""
     return functools.partial(CueMaze, STEPS if args.evaluate else STEPS - index * STEPS // args.num_envs)
 
 

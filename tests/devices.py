@@ -1,8 +1,8 @@
-"""python tests/devices.py SCRIPT, run by test_ppo.py with four virtual devices: two updates on all and on one, of
-one seed, whose environments are spread, and of the first script also of four seeds, which are spread themselves.
+"""python tests/devices.py SCRIPT: two updates on four virtual devices and on one. test_ppo.py runs it.
 
-Prints a list, as JSON, with the largest difference and the largest collectives of the compiled update of each run, and
-how many worlds of Craftax it holds at once on each device.
+With one seed, its environments are spread over the devices; the first script also runs four seeds, which are spread.
+Prints a JSON list: for each run the largest difference, the largest collectives of the compiled update, and how many
+worlds of Craftax it holds at once on each device.
 """
 
 import json
@@ -28,7 +28,7 @@ def size(shape: str) -> int:
 
 
 def collectives(hlo: str) -> dict[str, int]:
-    """Each kind of collective in the program, with the bytes of the largest."""
+    """The kinds of collectives in the program, each with the bytes of the largest."""
     largest = {}
     for shape, kind in COLLECTIVE.findall(hlo):
         largest[kind] = max(largest.get(kind, 0), size(shape))
@@ -56,12 +56,12 @@ def main(name: str):
     script, results = load(name), []
     assert jax.device_count() == 4
     # A tiny model and many environments: a rollout is far larger than a gradient.
-    # Rounding in gradients or advantages that are nearly nothing would be blown up to full size without these two.
+    # Without these two, rounding errors of tiny gradients or advantages would be scaled up to full size.
     exact = {"adam_eps": 1e-3, "norm_adv": False}
     if hasattr(script, "Craftax"):
-        exact["optimistic_reset_ratio"] = 2  # four groups that share worlds, one for each device
+        exact["optimistic_reset_ratio"] = 2  # four groups that share worlds, one per device
     args = lambda num_seeds: tiny_args(script, num_seeds=num_seeds, num_envs=32, num_minibatches=2, **exact)
-    cases = ((1, [1, 8]), (4, [1, 32])) if name in FIRST else ((1, [1, 8]),)  # how seeds are spread knows no model
+    cases = ((1, [1, 8]), (4, [1, 32])) if name in FIRST else ((1, [1, 8]),)  # seeds spread alike for all models
     alone, _ = run(script, args(cases[-1][0]), None)
     for num_seeds, shards in cases:
         shardings = script.make_shardings(args(num_seeds))

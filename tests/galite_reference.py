@@ -1,7 +1,7 @@
-"""GaLiTe once more, written from the formulas alone, slowly and in float64: nothing here comes from the scripts.
+"""A slow float64 reference of GaLiTe, written from the formulas alone: nothing here comes from the scripts.
 
-Every step goes through all layers before the next one begins. The same text runs on numpy (xp=np, a Python loop) and
-on JAX (xp=jnp, a scan), which then gives derivatives of this text.
+Every step goes through all layers before the next one begins. The same code runs on numpy (xp=np, a Python loop) and
+on JAX (xp=jnp, a scan), which can differentiate it.
 """
 
 from agalite_reference import PAIRS, dense, gate, heads, layer_norm, sigmoid, split, unroll
@@ -30,7 +30,7 @@ def attention(p, u, state, xp):
 
 
 def agent(params, obs, reset, states, discount, xp):
-    """A whole ActorCritic. obs (T, B, n), reset (T, B), states one a layer.
+    """A whole ActorCritic. obs (T, B, n), reset (T, B), states one per layer.
 
     -> (logits (T, B, actions), value (T, B)), states after the last step
     """

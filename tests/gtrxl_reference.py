@@ -1,7 +1,7 @@
-"""GTrXL once more, written from the formulas alone, slowly and in float64: nothing here comes from the scripts.
+"""A slow float64 reference of GTrXL, written from the formulas alone: nothing here comes from the scripts.
 
-All pairs of steps are scored, each with its own vector of relative position, and then most are masked. The same text
-runs on numpy (xp=np) and on JAX (xp=jnp), which then gives derivatives of this text.
+It scores all pairs of steps, each with its own vector of relative position, and then masks most of them. The same code
+runs on numpy (xp=np) and on JAX (xp=jnp), which can differentiate it.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from agalite_reference import dense, gate, heads, layer_norm, split
 
 
 def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
-    """A whole ActorCritic. obs (T, B, n), reset (T, B), inputs (B, L, M, D) and visible (B, M) of the M steps before.
+    """A whole ActorCritic. obs (T, B, n), reset (T, B), inputs (B, L, M, D) and visible (B, M) of the previous M steps.
 
     -> (logits (T, B, actions), value (T, B)), inputs, visible after the last step
     """
@@ -17,8 +17,8 @@ def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
     p, (T, B), (L, M) = params["params"], reset.shape, inputs.shape[1:3]
     memory, relu = p["GTrXL_0"], lambda x: xp.maximum(x, 0)
 
-    # Which step sees which: its own episode, not the future, M steps back at most.
-    begun = np.zeros((M + T, B), int)  # how many resets until then
+    # What a step sees: its own episode, not the future, at most M steps back.
+    begun = np.zeros((M + T, B), int)  # number of resets so far
     begun[M:] = np.cumsum(reset, axis=0)
     known = np.concatenate([visible.T, np.ones((T, B), bool)])
     sees = np.zeros((T, M + T, B), bool)
@@ -40,7 +40,7 @@ def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
         new_inputs.append(tokens[-M:])
         k, v = (layer_norm(attention["LayerNorm_0"], tokens) @ attention[name] for name in ("Wk", "Wv"))
         k, v = k.reshape(M + T, B, H, d), v.reshape(M + T, B, H, d) + attention["bv"]
-        published_bias = np.linspace(-1, 1, H * d).reshape(H, d)  # ours have none: with any, softmax gives the same
+        published_bias = np.linspace(-1, 1, H * d).reshape(H, d)  # ours has none: softmax gives the same with any
         k = k + published_bias
         q = dense(attention["q"], x).reshape(T, B, H, d)
         position = (sinusoid @ attention["position"]["kernel"]).reshape(T, M + T, H, d) + published_bias[::-1]

@@ -1,10 +1,10 @@
-"""Plants small faults, one at a time, in a copy of the repository, and says which tests catch each.
+"""Plants small faults, one at a time, in a copy of the repository, and prints which test catches each.
 
     python tests/plant_faults.py            # all of them, about half an hour on one core
     python tests/plant_faults.py gae clip   # those whose name contains one of the words
 
-Prints the table of docs/development.md. A fault is caught if one of the tests that belong to it fails. The exit status
-is the number of faults that were not caught.
+Prints the table of docs/development.md. A fault is caught if one of its tests fails. The exit status is the number of
+faults that were not caught.
 """
 
 import re
@@ -173,7 +173,7 @@ def caught_by(file: str, text: str, faulty: str, tests: str) -> str | None:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "docs"))
         source = (copy / file).read_text()
-        assert source.count(text) == 1, f"{file} has {source.count(text)} times: {text}"
+        assert source.count(text) == 1, f"{source.count(text)} times in {file}: {text}"
         (copy / file).write_text(source.replace(text, faulty))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True)

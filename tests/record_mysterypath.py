@@ -1,15 +1,15 @@
-"""Records what tests/test_mysterypath.py compares with, and the sprites of envs/mysterypath.py, from Memory Gym.
+"""Records from Memory Gym what tests/test_mysterypath.py compares with, and the sprites of envs/mysterypath.py.
 
     python3.11 -m venv memory-gym && memory-gym/bin/pip install memory-gym==1.0.2
     memory-gym/bin/python tests/record_mysterypath.py
 
 Memory Gym (Pleines et al. 2023; github.com/MarcoMeter/drl-memory-gym) pins old versions of gymnasium and pygame, hence
-the virtual environment of its own. The same seeds give the same files again. It leaves
+the separate virtual environment. The same seeds give the same files. It writes
 
 - envs/mysterypath.npz: `sprites` (2, 8, 15, 15, 3), without and with the red cross, by rotation in steps of 45 degrees;
-- tests/fixtures/mysterypath_generator.npz: 1,000 sets of random draws and the paths they gave, and how long 10,000
-  paths are and which tiles they cover;
-- tests/fixtures/<environment id>.npz, one for each: draws, actions, rewards, ends and the CRC-32 of every picture of
+- tests/fixtures/mysterypath_generator.npz: 1,000 sets of random draws and the paths they gave, and the lengths
+  and tiles of 10,000 paths;
+- tests/fixtures/<environment id>.npz, one for each: draws, actions, rewards, ends and the CRC-32 of every image of
   E episodes, one after another, and all pixels of the first few.
 """
 
@@ -39,7 +39,7 @@ WALLS, BORDER_WALLS, NOISE = 16, 8, 84  # most draws of each kind that a path ca
 
 
 class RecordingGenerator:
-    """Hands out what Memory Gym's own generator would, and keeps a list of (range or number of choices, outcome)."""
+    """Draws what Memory Gym's own generator would, and records (range or number of choices, outcome)."""
 
     def __init__(self, seed: int):
         self.generator, _ = np_random(seed)
@@ -54,7 +54,7 @@ class RecordingGenerator:
         return items[self.drawn[-1][1]]
 
     def draws(self) -> dict:
-        """-> the draws of one path by their purpose, in the order of drawing, -1 where a list is longer than needed."""
+        """-> the draws of one path by purpose, in the order drawn; lists are padded with -1."""
         kinds, values = zip(*self.drawn, strict=True)
         border, noise = kinds.index(2) + 1, kinds.index((1, 9))
         assert kinds[:3] == (4, (0, 7), (0, 7)) and kinds[3:19] == ((0, 100),) * WALLS and border == 20
@@ -79,7 +79,7 @@ def make(name: str):
 
 
 def reset(env, seed: int, options: dict):
-    """-> first picture (84, 84, 3), draws. Equals env.reset(seed=seed, options=options), which is not recorded."""
+    """-> first image (84, 84, 3), draws. Equals env.reset(seed=seed, options=options), which records nothing."""
     env._np_random = RecordingGenerator(seed)
     obs, _ = env.reset(options=options)
     return obs, env._np_random.draws()
@@ -101,13 +101,13 @@ def stack(rows: list[dict]) -> dict:
 
 
 def next_tile(env) -> tuple[int, int] | None:
-    """The tile of the path after the agent's own; None when the agent is not on the path."""
+    """The next tile of the path; None if the agent is not on the path."""
     path, tile = path_of(env), tuple(int(i) for i in env.normalized_agent_position)
     return path[path.index(tile) + 1] if tile in path and not env.is_off_path else None
 
 
 def seek_on_grid(env) -> int:
-    """The action that leads to the goal: it looks at the path, which an agent cannot."""
+    """The action that leads to the goal. It looks at the path, which an agent cannot."""
     target = next_tile(env)
     if target is None:
         return NOOP
@@ -145,12 +145,12 @@ def steps_to_goal(env, seed: int, options: dict) -> int:
 
 
 def native(env, action: int):
-    """The action as Memory Gym takes it."""
+    """The action in Memory Gym's format."""
     return action if on_grid(env) else list(divmod(action, 3))
 
 
 def random_policy(env, seed: int, repeat: float):
-    """-> a function of the time that gives random actions, each kept on with the probability `repeat`."""
+    """-> a function of time that gives random actions, each repeated with probability `repeat`."""
     rng, last = np.random.default_rng(seed), [0]
 
     def act(time):
@@ -162,13 +162,13 @@ def random_policy(env, seed: int, repeat: float):
 
 
 def seeking_policy(env, seed: int, noise: float = 0.0, wait: int = 0):
-    """-> a function of the time that waits and then seeks the goal, but for a share of random actions."""
+    """-> a function of time that waits and then seeks the goal, with a share `noise` of random actions."""
     rng, random = np.random.default_rng(seed), random_policy(env, seed, repeat=0)
     return lambda time: NOOP if time < wait else random(time) if rng.random() < noise else seek(env)
 
 
 def make_policy(env, seed: int, options: dict):
-    """One of seven, in turn. Leaves the environment anywhere: reset it afterwards."""
+    """One of seven policies, in turn. It changes the environment's state: reset it afterwards."""
     grid = on_grid(env)
     slack = (128 if grid else 512) - steps_to_goal(env, seed, options)
     return [
@@ -177,24 +177,24 @@ def make_policy(env, seed: int, options: dict):
         seeking_policy(env, seed, noise=0.1),
         seeking_policy(env, seed, noise=0.3),
         random_policy(env, seed, repeat=0.5 if grid else 0.9),
-        seeking_policy(env, seed, wait=slack),  # reaches the goal in the very last step
-        seeking_policy(env, seed, wait=slack + 1),  # would reach it in the step after that
+        seeking_policy(env, seed, wait=slack),  # reaches the goal in the last step
+        seeking_policy(env, seed, wait=slack + 1),  # would reach it one step later
     ][seed % 7]
 
 
 def record_episode(env, seed: int, options: dict) -> tuple[dict, list[dict], np.ndarray]:
-    """-> what is there once an episode, what is there once a step, pictures (T + 1, 84, 84, 3)."""
+    """-> data per episode, data per step, images (T + 1, 84, 84, 3)."""
     policy = make_policy(env, seed, options)
     obs, draws = reset(env, seed, options)
     episode = draws | path_arrays(env)
-    pictures, steps, done = [obs], [], False
+    images, steps, done = [obs], [], False
     while not done:
         action = policy(len(steps))
         before, moves = env.agent.rect.center, action == FORWARD if on_grid(env) else action != NOOP
         moves = moves and not env.is_off_path
         obs, reward, done, truncated, info = env.step(native(env, action))
-        assert not truncated  # Memory Gym reports its time limit as an end like others
-        pictures.append(obs)
+        assert not truncated  # Memory Gym reports its time limit as an ordinary end
+        images.append(obs)
         steps.append(
             {
                 "action": np.uint8(action),
@@ -207,7 +207,7 @@ def record_episode(env, seed: int, options: dict) -> tuple[dict, list[dict], np.
             }
         )
     episode |= {"length": np.int16(len(steps)), "success": np.bool_(info["success"])}
-    return episode, steps, np.stack(pictures)
+    return episode, steps, np.stack(images)
 
 
 def record_episodes(env_id: str, num_episodes: int = 105, num_shown: int = 4) -> dict:
@@ -216,12 +216,12 @@ def record_episodes(env_id: str, num_episodes: int = 105, num_shown: int = 4) ->
     first_seed = 1000 * (1 + list(IDS).index(env_id))
     episodes, steps, crc, shown = [], [], [], []
     for i in range(num_episodes):
-        episode, episode_steps, pictures = record_episode(env, first_seed + i, options)
+        episode, episode_steps, images = record_episode(env, first_seed + i, options)
         episodes.append(episode)
         steps += episode_steps
-        crc += [zlib.crc32(picture.tobytes()) for picture in pictures]
+        crc += [zlib.crc32(image.tobytes()) for image in images]
         if i < num_shown:
-            shown.append(pictures)
+            shown.append(images)
     return stack(episodes) | stack(steps) | {"crc": np.array(crc, np.uint32), "pictures": np.concatenate(shown)}
 
 
@@ -235,7 +235,7 @@ def record_generator(num_recorded: int = 1000, num_counted: int = 10_000) -> dic
         tiles += arrays["path"]
         if seed < num_recorded:
             rows.append(draws | arrays)
-        if seed < 20:  # that recording changes nothing
+        if seed < 20:  # recording must change nothing
             recorded = path_of(env)
             env._np_random = None
             env.reset(seed=seed, options={})
@@ -246,7 +246,7 @@ def record_generator(num_recorded: int = 1000, num_counted: int = 10_000) -> dic
 def record_sprites() -> dict:
     """The agent and the cross as pygame draws them, cut to 15 x 15 with the agent's center at (8, 8).
 
-    All channels are 1 where a sprite is transparent; that is no colour of theirs.
+    Transparent pixels are 1 in all channels; no sprite has this colour.
     """
     env = make("MysteryPath-v0")
     env.reset(seed=0)

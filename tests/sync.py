@@ -4,10 +4,10 @@
     python tests/sync.py --from ppo_a_b.py      writes that script's text into all others that have the same names
 
 It compares the classes, functions and assignments at a script's top level: all of their lines, with decorators,
-docstrings, comments inside and right above. Only `Args`, `ActorCritic`, `make_env` and `main` may differ. Fields of
-Args with the same name share their type and their comment up to the first bracket.
+docstrings, and comments inside and directly above. Only `Args`, `ActorCritic`, `make_env` and `main` may differ. Fields
+of Args with the same name share their type and their comment up to the first bracket.
 
-Scripts that you add are neither compared nor written: a copy may differ as you like.
+It neither compares nor writes scripts that you add: a copy may differ as you like.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SECTION = re.compile(r"# -{10,}")  # the rule above a section belongs to no bloc
 
 
 class Script:
-    """A script cut into blocks. spans: from a name to its pieces, (first, last) line each, counted from 0."""
+    """A script split into blocks. spans: from a name to its pieces, each (first, last) line, counted from 0."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -49,7 +49,7 @@ class Script:
                 self.spans.setdefault(name, []).append(self.span(node))
 
     def span(self, node: ast.AST) -> tuple[int, int]:
-        """Its first and last line, with decorators, comments right above and indented comments at the end."""
+        """Its first and last line, with decorators, comments directly above and indented comments at the end."""
         first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))]) - 1
         last = node.end_lineno - 1
         while first > 0 and self.lines[first - 1].startswith("#") and not SECTION.match(self.lines[first - 1]):
@@ -61,7 +61,7 @@ class Script:
         return first, last
 
     def text(self, name: str) -> list[str]:
-        """The pieces of a block, usually one; two for an assignment that a second one adds to."""
+        """The pieces of a block: usually one, two if a second assignment adds to the first."""
         return ["\n".join(self.lines[first : last + 1]) for first, last in self.spans[name]]
 
     def fields(self) -> dict[str, tuple[str, str]]:
@@ -72,7 +72,7 @@ class Script:
         }
 
     def field_nodes(self) -> dict[str, tuple[ast.AnnAssign, str]]:
-        """The statement of each field of Args, and the comment behind it."""
+        """The statement of each field of Args, and the comment after it."""
         tokens = tokenize.generate_tokens(io.StringIO("\n".join(self.lines) + "\n").readline)
         comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
         found = {}
@@ -90,7 +90,7 @@ def shared_part(comment: str) -> str:
 
 
 def names_of(node: ast.AST) -> list[str]:
-    """What a statement at the top level defines."""
+    """The names that a top-level statement defines."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -119,7 +119,7 @@ def differences(paths: list[Path]) -> list[str]:
 
 
 def repaired(script: Script, source: Script) -> list[str]:
-    """The lines of the script, with every block and field that the source has too as it is there."""
+    """The lines of the script; blocks and fields that the source also has are replaced by the source's."""
     edits = []  # (first line, last line, new lines)
     done = set()
     for name in script.spans:
@@ -131,7 +131,7 @@ def repaired(script: Script, source: Script) -> list[str]:
         done.add(tuple(old))
         if len(old) == len(new):
             edits += [(first, last, text.splitlines()) for (first, last), text in zip(old, new, strict=True)]
-        else:  # all pieces where the first one stood
+        else:  # all pieces in place of the first one
             edits.append((*old[0], "\n".join(new).splitlines()))
             edits += [(first, last, []) for first, last in old[1:]]
 

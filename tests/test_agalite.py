@@ -1,4 +1,4 @@
-"""AGaLiTe against the numbers of its authors, against a float64 reference of our own, and its starting parameters."""
+"""AGaLiTe against its authors' numbers and against our float64 reference; its initial parameters."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,7 @@ from common import (
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Scripts with AGaLiTe in them; its blocks are the same text in all, so one is enough for what looks inside the model.
+# The blocks of AGaLiTe are the same text in all scripts, so one script is enough.
 script = load("ppo_agalite_tmaze")
 
 
@@ -61,28 +61,29 @@ def authors_params(z, args) -> dict:
 
 
 def which_frequency(r: int) -> np.ndarray:
-    """For each of linspace(-pi, pi, r) the index of the state that carries it: w and -w share one."""
+    """The index of the state for each frequency of linspace(-pi, pi, r): w and -w share one."""
     return np.minimum(np.arange(r), np.arange(r)[::-1])
 
 
 def period_of(r: int) -> int:
-    """After how many steps all cosines are back where they were."""
+    """The number of steps after which all cosines repeat."""
     return max(2 * (r - 1), 2)
 
 
 @pytest.mark.parametrize("r", slow_but([1, 2, 3, 4], [2]))
 def test_golden_numbers(r):
-    """Values, input gradients and final memory are those of the authors' code."""
+    """Values, input gradients and final memory equal those of the authors' code."""
     z = np.load(GOLDEN / f"agalite_r{r}.npz")
     args = sizes_to_args(ast.literal_eval(str(z["meta"])))
     assert args.r == r
-    # At r = 4 (period 6) too, although the authors' counter never goes back: the last episode begins at step 15, where
-    # the two counters are half a period apart, which flips both cosines, keys and values alike, and cancels. That of
-    # step 5 is one step long and its cosines enter squared, cos(2w)^2 = cos(7w)^2; at step 6 they agree.
+    # This holds at r = 4 (period 6), too, although the authors never reset their counter. The last episode begins at
+    # step 15, where the counters are half a period apart: this flips both cosines, in keys and values alike, and
+    # cancels. The episode of step 5 has one step, and its cosines enter squared, cos(2w)^2 = cos(7w)^2. At step 6 the
+    # counters agree.
     memory_0 = script.ActorCritic(args, 4).initial_memory(1)
     memory = check_golden(script.AGaLiTe(args), authors_params(z, args), memory_0, z)
     last_episode = np.flatnonzero(z["terminations"])[-1]
-    flipped = np.cos(np.linspace(-np.pi, np.pi, r) * last_episode)  # by the authors' counter, which went on
+    flipped = np.cos(np.linspace(-np.pi, np.pi, r) * last_episode)  # the authors' counter is not reset
     np.testing.assert_allclose(np.abs(flipped), 1, atol=1e-9)
     for i, layer in enumerate(memory.layers):
         keys, values, norm = (z[f"memory/layer_{i + 1}/{j}"] for j in range(3))  # (r, H, ed), (r, H, d), (H, ed)
@@ -99,11 +100,11 @@ T, B, OBS = 70, 3, 14
 RESETS = np.zeros((T, B), bool)
 RESETS[[0, 20, 21, 22, T - 1], 0] = True  # at the start, consecutive, at the very end
 RESETS[[33, 34], 1] = True  # starts in mid-episode
-# the third begins in mid-episode and never ends
+# The third starts in mid-episode and has no reset.
 
 
 def reference_agent(params, obs, memory, args, xp):
-    """agalite_reference.agent with our memory: its states are copied to all r frequencies."""
+    """agalite_reference.agent with our memory, whose states are copied to all r frequencies."""
     f, period = which_frequency(args.r), period_of(args.r)
     states = tuple(
         (
@@ -113,7 +114,7 @@ def reference_agent(params, obs, memory, args, xp):
         )
         for layer in memory.layers
     )
-    time = xp.asarray(memory.tick + 5.0 * period)  # any time of which the tick is the remainder
+    time = xp.asarray(memory.tick + 5.0 * period)  # any time whose remainder is the tick
     sizes = (args.num_heads, args.d_head, args.eta, args.r)
     return agalite_reference.agent(params, obs, RESETS, time, states, sizes, args.num_layers, args.gamma, xp)
 
@@ -126,7 +127,7 @@ def agent_case(r: int, seed: int = 0):
     obs = random_tmaze_observations(rng, (T, B))
     memory = agent.initial_memory(B)
     layers = []
-    for layer in memory.layers:  # |keys| <= norm, as it always is: keys = norm times a weighted mean of cosines
+    for layer in memory.layers:  # |keys| <= norm, as always: keys = norm times a weighted mean of cosines
         norm = rng.uniform(0.1, 2, layer.norm.shape)
         keys, values = norm[:, None] * rng.uniform(-1, 1, layer.keys.shape), rng.normal(size=layer.values.shape)
         layers.append(script.LayerMemory(*(np.float32(x) for x in (keys, values, norm))))
@@ -137,7 +138,7 @@ def agent_case(r: int, seed: int = 0):
 
 @pytest.mark.parametrize("r", slow_but([1, 2, 3, 4, 5, 6], [2]))
 def test_agrees_with_a_float64_reference(r):
-    """Values, memory and every derivative are those of the plain formulas in double precision, for every r."""
+    """Values, memory and all derivatives equal those of the plain formulas in double precision, for every r."""
     args, agent, params, obs, memory = agent_case(r)
     rng = np.random.default_rng(1)
     weights = rng.normal(size=(T, B, 4)), rng.normal(size=(T, B))
@@ -149,7 +150,7 @@ def test_agrees_with_a_float64_reference(r):
         float64(params), float64(obs), float64(memory), args, np
     )  # fmt: skip
     assert 0.3 < np.abs(expected_logits).mean() < 10, "activations of order 1"
-    # Where few queries are positive, and those hardly, attention multiplies rounding errors by 1 / query.
+    # If few queries are positive, and these are small, attention multiplies rounding errors by 1 / query.
     assert deviation(logits, expected_logits) < 3e-5
     assert deviation(value, expected_value) < 3e-5
     f = which_frequency(r)
@@ -178,10 +179,10 @@ def test_agrees_with_a_float64_reference(r):
 
 @pytest.mark.parametrize("r", [4, 5])
 def test_an_episode_is_the_same_wherever_it_starts(r):
-    """The counter goes back at a reset, also at r >= 4 where it matters: the outcome depends on the episode alone."""
+    """A reset restarts the counter, also at r >= 4, where it matters: outputs depend on the episode alone."""
     args, agent, params, obs, _ = agent_case(r)
-    length, starts, apply = 20, np.arange(9), quick_jit(agent.apply)  # starts over more than a period (6 and 8)
-    steps = starts[:, None] + np.arange(length)  # (9, length), at which the same episode is put in nine environments
+    length, starts, apply = 20, np.arange(9), quick_jit(agent.apply)  # starts spread over more than a period (6 and 8)
+    steps = starts[:, None] + np.arange(length)  # (9, length), of the same episode in nine environments
     episodes, reset = obs[:30, [1] * 9], np.zeros((30, 9), bool)
     for b, start in enumerate(starts):
         episodes[start : start + length, b] = obs[:length, 0]
@@ -191,7 +192,7 @@ def test_an_episode_is_the_same_wherever_it_starts(r):
         outcome = np.stack([outcome[steps[b], b] for b in range(9)])
         np.testing.assert_allclose(outcome, outcome[[0] * 9], rtol=0, atol=2e-5 * np.abs(outcome).max())
 
-    # That it matters: with the counter running on, outputs within one episode depend on where it started.
+    # It matters: if the counter runs on, outputs within an episode depend on where it started.
     blank = agent.initial_memory(9)
     shifted = blank._replace(tick=blank.tick + starts.astype(np.int32))
     running_on, _, _ = apply(params, obs[:30, [0] * 9], np.zeros((30, 9), bool), shifted)
@@ -200,7 +201,7 @@ def test_an_episode_is_the_same_wherever_it_starts(r):
 
 @pytest.mark.parametrize("r", [1, 2, 3, 4, 5])
 def test_the_counter_is_exact_forever(r):
-    """After 10^6 steps and at any other time the outcome is bit for bit that of the counter's remainder."""
+    """After 10^6 steps and at any other time, outputs equal those of the counter's remainder in every bit."""
     args, agent, params, obs, memory = agent_case(r)
     obs, reset = obs[:3], np.zeros((3, B), bool)
     period, apply = period_of(r), quick_jit(agent.apply)
@@ -217,7 +218,7 @@ def test_the_counter_is_exact_forever(r):
 
 @pytest.mark.parametrize("r", [1, 2, 3, 4, 5])
 def test_an_odd_r_has_a_plain_gated_sum(r):
-    """Frequency 0, of an odd r above 1, keeps the same keys as the norm, so queries and keys cancel in its term."""
+    """If r is odd and above 1, the keys of frequency 0 equal the norm, so queries and keys cancel in its term."""
     _, agent, params, obs, _ = agent_case(r)
     reset = np.zeros(obs.shape[:2], bool)
     _, _, memory = quick_jit(agent.apply)(params, obs, reset, agent.initial_memory(B))
@@ -235,7 +236,7 @@ def test_parameter_count(chrono_steps):
 
 
 def initial_params(**changes):
-    """Parameters of a small agent as `init` makes them: a dict from the path, as one string, to the array."""
+    """-> args, initial parameters of a small agent: a dict from the path, as one string, to the array."""
     args = small_args(script, d_model=16, d_head=8, num_heads=2, eta=3, num_layers=1, **changes)
     _, agent = build(script, args)
     obs, reset = jnp.zeros((1, 1, OBS)), jnp.ones((1, 1), bool)
@@ -245,7 +246,7 @@ def initial_params(**changes):
 
 
 def assert_orthogonal(kernel, gain: float):
-    """The shorter of rows and columns are orthogonal, of length gain."""
+    """Rows or columns, whichever are fewer, are orthogonal and of length gain."""
     kernel = np.float64(kernel)
     short = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.T
     np.testing.assert_allclose(short @ short.T, gain**2 * np.eye(len(short)), atol=1e-5)
@@ -253,8 +254,8 @@ def assert_orthogonal(kernel, gain: float):
 
 @pytest.mark.parametrize("chrono_steps", [1.0, 300.0])
 def test_initial_parameters(chrono_steps):
-    """Every kernel is orthogonal with gain sqrt 2 in the blocks in which the authors drew it, every bias as it should
-    be; the policy's last layer is small, and the critic's bias is --initial-value."""
+    """Every kernel is orthogonal with gain sqrt 2, in the blocks that the authors draw, and every bias is right. The
+    policy's last layer is small, and the critic's bias is --initial-value."""
     args, params = initial_params(chrono_steps=chrono_steps, initial_value=-3.0)
     assert_orthogonal(params.pop("Dense_2/kernel"), 0.1)
     np.testing.assert_array_equal(params.pop("Dense_3/bias"), np.float32([-3.0]))
@@ -263,7 +264,7 @@ def test_initial_parameters(chrono_steps):
     for path, x in params.items():
         owner, name = path.split("/")[-2:]
         kind = f"{owner.split('_')[0]}/{name}"
-        if kind == "AGaLiTeAttention/kernel":  # five kernels cut out of one (D, 5 H d) matrix
+        if kind == "AGaLiTeAttention/kernel":  # five kernels cut from one (D, 5 H d) matrix
             assert x.shape == (D, 5 * H * d)
             assert_orthogonal(x, gain)
         elif kind == "AGaLiTeAttention/bias":
@@ -279,7 +280,7 @@ def test_initial_parameters(chrono_steps):
         elif kind.startswith("GRUGate"):
             assert x.shape == (D, D)
             assert_orthogonal(x, gain)
-            assert all(np.abs(x - other).max() > 0.1 for other in gates), "each is drawn on its own"
+            assert all(np.abs(x - other).max() > 0.1 for other in gates), "each is drawn separately"
             gates.append(x)
         elif kind.startswith("LayerNorm"):
             np.testing.assert_array_equal(x, np.full(D, float(name == "scale")))
@@ -307,6 +308,6 @@ def test_chrono_spreads_memories_evenly():
     for steps in np.exp(-np.stack(biases)).reshape(4, -1):
         quantiles = (np.sort(steps) - 1) / (300 - 1)
         assert -1e-6 <= quantiles[0] and quantiles[-1] <= 1 + 1e-6
-        # Kolmogorov-Smirnov at 512 draws: exceeded once in 10^4 times by chance, and the draws are fixed
+        # Kolmogorov-Smirnov at 512 draws: chance exceeds it once in 10^4 times, and the draws are fixed.
         assert np.abs(quantiles - (np.arange(512) + 0.5) / 512).max() < 2.2 / np.sqrt(512)
     assert np.abs(np.corrcoef(np.reshape(biases, (4, -1))) - np.eye(4)).max() < 0.3, "drawn independently"

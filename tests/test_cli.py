@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it from an empty folder: what a run leaves, and what it refuses."""
+"""The command line as a user runs it, from an empty folder: what a run leaves, and what it refuses."""
 
 import dataclasses
 import inspect
@@ -27,8 +27,7 @@ from cli import (
 )
 from common import FIRST, MEMORYMAZE, SCRIPTS, TMAZE, load, quick_jit, tiny_args
 
-# Flags, and what the one sentence must name: the value, and the rule or the way out. Asked of the scripts that have the
-# first flag.
+# Flags, and what the error message must name: the value, and the rule or the way out. For scripts that have the flags.
 REFUSED = [
     ("--num-envs 8 --num-minibatches 3", "--num-envs 8", "not divisible by --num-minibatches 3"),
     ("--num-envs 0", "--num-envs 0", "must be at least 1"),
@@ -60,7 +59,7 @@ REFUSED = [
     ("--hidden-size 0", "--hidden-size 0", "must be at least 1"),
     ("--d-model 7 --memory-len 5", "--d-model 7", "even"),
 ]
-# The same, but Args never sees them.
+# The same, but refused before Args sees them.
 UNREADABLE = [
     ("--total-timesteps abc", "--total-timesteps", "abc"),
     ("--no-such-flag 3", "--no-such-flag", "nrecognized"),
@@ -71,7 +70,7 @@ UNREADABLE = [
 
 
 def refused_of(script: str, cases: list[tuple]) -> list[tuple]:
-    """Those whose flags the script has."""
+    """The cases whose flags the script has."""
     fields = {field.name for field in dataclasses.fields(load(script).Args)}
     flags_of = lambda flags: {flag[2:].replace("-", "_") for flag in flags.split() if flag.startswith("--")}
     return [case for case in cases if flags_of(case[0]) <= fields | {"no_such_flag"}]
@@ -82,14 +81,14 @@ EACH_ONCE = {case: (script, *case) for script in reversed(SCRIPTS) for case in r
 
 @pytest.mark.parametrize("script, flags, value, rule", EACH_ONCE.values())
 def test_impossible_arguments_are_refused(script, flags, value, rule, capsys):
-    """An argument that cannot work is refused with its value and the rule, by the first script that has the flag."""
+    """The first script that has the flag refuses an impossible argument, and names its value and the rule."""
     sentence = refusal(script, flags.split(), capsys)
     assert value in sentence and rule in sentence, sentence
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_refuses_impossible_arguments(name):
-    """What the Args of one script refuse, those of all scripts with such fields refuse. The parser is the same text."""
+    """All scripts that have a field refuse the same values of it. The parser is the same text."""
     script, cases = load(name), refused_of(name, REFUSED)
     assert len(cases) > 15
     for flags, value, rule in cases:
@@ -111,7 +110,7 @@ def test_refusal_comes_before_anything_else(script, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_flag_that_a_user_adds_is_not_refused(name, tmp_path):
-    """A new flag may have the default 0, a negative one, text or none at all, and any value."""
+    """A new flag may have 0, a negative number, text or None as its default, and any value."""
     field = "    # PPO"
     new = [
         "dropout: float = 0.0  # mine", "penalty: float = -1.5  # mine", "depth: int = 0  # mine",
@@ -131,27 +130,27 @@ def test_a_flag_that_a_user_adds_is_not_refused(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_resume_checks_the_folder(script, tmp_path, capsys):
-    """--resume refuses folders without a run and flags that differ from the run's, naming both values."""
+    """--resume refuses folders without a run, and flags that differ from the run's. It names both values."""
     assert "not the folder of a run" in refusal(script, ["--resume", str(tmp_path)], capsys)
     (tmp_path / "args.json").write_text("{")  # as a full disk leaves it
     assert str(tmp_path) in refusal(script, ["--resume", str(tmp_path)], capsys)
     (tmp_path / "args.json").write_text('{"hidden_states": 5}')  # of another script
-    said = refusal(script, ["--evaluate", str(tmp_path)], capsys)
-    assert "not the folder of a run of this script" in said and "hidden_states" in said
+    sentence = refusal(script, ["--evaluate", str(tmp_path)], capsys)
+    assert "not the folder of a run of this script" in sentence and "hidden_states" in sentence
 
     folder = str(finished(script))
-    said = refusal(script, ["--resume", folder, "--gamma", "0.5"], capsys)
-    assert "--gamma" in said and "0.5" in said and "0.99" in said and folder in said
+    sentence = refusal(script, ["--resume", folder, "--gamma", "0.5"], capsys)
+    assert "--gamma" in sentence and "0.5" in sentence and "0.99" in sentence and folder in sentence
     assert "--evaluate" in refusal(script, ["--resume", folder, "--evaluate", folder], capsys)
     args = load(script).parse_args(["--resume", folder, "--gamma", "0.99", "--eval-episodes", "7", "--track"])
     assert args.gamma == 0.99 and args.num_envs * args.num_steps == BATCH
-    assert args.eval_episodes == 7 and args.track, "what does not touch the computation may change"
+    assert args.eval_episodes == 7 and args.track, "what does not affect the computation may change"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_resume_judges_flags_by_the_run_not_by_the_defaults(script):
-    """Beside --resume a flag needs to fit the run's other arguments, not the defaults."""
+    """With --resume, a flag must fit the run's other arguments, not the defaults."""
     few = 3 * BATCH  # less than one update with the default sizes
     args = load(script).parse_args(["--resume", str(finished(script)), "--total-timesteps", str(few)])
     assert args.total_timesteps == few and args.num_updates == 3
@@ -159,17 +158,17 @@ def test_resume_judges_flags_by_the_run_not_by_the_defaults(script):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_annealed_run_cannot_be_extended(script, tmp_path, capsys):
-    """With --anneal-lr the length of a run is part of the computation, so --resume refuses another."""
+    """With --anneal-lr, the length of a run is part of the computation, so --resume refuses another one."""
     args = load(script).parse_args(small_flags(script) + ["--anneal-lr", "--total-timesteps", "6400"])
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
-    said = refusal(script, ["--resume", str(tmp_path), "--total-timesteps", "128000"], capsys)
-    assert "--total-timesteps" in said and "128000" in said and "6400" in said
+    sentence = refusal(script, ["--resume", str(tmp_path), "--total-timesteps", "128000"], capsys)
+    assert "--total-timesteps" in sentence and "128000" in sentence and "6400" in sentence
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_evaluate_only_evaluates(script, tmp_path):
-    """--evaluate leaves checkpoints, metrics and arguments as they are and evaluates again, to the same result."""
+    """--evaluate leaves checkpoints, metrics and arguments unchanged, and evaluates again to the same result."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     (folder / "evaluation.json").unlink()
@@ -180,7 +179,7 @@ def test_evaluate_only_evaluates(script, tmp_path):
     assert set(after) == set(before) | {"evaluation.json"}
     assert after["evaluation.json"] == (finished(script) / "evaluation.json").read_bytes()
     assert "Evaluation, sampled actions" in out
-    # In another environment: the limit of 40 steps is the shortest way, so all episodes have this length.
+    # In a longer corridor: the limit of 40 steps is the shortest path, so all episodes have this length.
     flags = "--eval-episodes", 1, "--corridor-len", 40, "--capture-video"
     out, err = run(script, "--evaluate", folder, *flags, cwd=tmp_path, small=False)
     assert "1 episodes" in out and "±" not in out and "Warning" not in err, "one episode has no interval"
@@ -191,9 +190,9 @@ def test_evaluate_only_evaluates(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_finished_run_can_be_extended(script, tmp_path):
-    """--resume with more --total-timesteps goes on where a finished run ended, keeps its rows, and the clock goes on.
-    A copy of the script in which a metric has another name leaves both columns. Other devices may do the rest: two of
-    these four, because a minibatch has two environments."""
+    """--resume with more --total-timesteps continues a finished run, keeps its rows, and continues the clock. If a copy
+    of the script renames a metric, both columns stay. The devices may change: here to two of four, because a minibatch
+    has two environments."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     before = rows(folder)
@@ -214,7 +213,7 @@ def test_finished_run_can_be_extended(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_runs_started_together_have_folders_of_their_own(script, tmp_path):
-    """Two runs of one seed that start at the same moment do not share a folder. --runs-dir says where it is."""
+    """Two runs of one seed that start at the same moment do not share a folder. --runs-dir sets where it is."""
     flags = "--total-timesteps", BATCH, "--runs-dir", tmp_path / "else" / "where"
     for process in [start(script, *flags, cwd=tmp_path) for _ in range(2)]:
         finish(process)
@@ -226,7 +225,7 @@ def test_runs_started_together_have_folders_of_their_own(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_switches_of_jax(script, tmp_path):
-    """No NaN is made on purpose, and everything also works in 64 bits."""
+    """A run never computes NaN, and also works in 64 bits."""
     switches = ENVIRONMENT | {"JAX_DEBUG_NANS": "1", "JAX_ENABLE_X64": "1"}
     run(script, "--total-timesteps", 2 * BATCH, cwd=tmp_path, env=switches)
     assert len(rows(folder_of(tmp_path))) == 2
@@ -238,8 +237,7 @@ def test_switches_of_jax(script, tmp_path):
     [(*FIRST, "", "No API key"), (*FIRST, "a" * 40, ""), ("ppo_agalite_memorymaze", "", "No API key")],
 )
 def test_without_weights_and_biases_nothing_begins(script, key, reason, tmp_path):
-    """If nobody is logged in, or the server cannot be reached, the error of W&B is the one sentence, and no arguments
-    are left."""
+    """Without a login or a server, the run prints W&B's error as one sentence and leaves no arguments."""
     server = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
     variables = ENVIRONMENT | server | {"WANDB_API_KEY": key, "HOME": str(tmp_path / "home")}
     _, err = run(script, "--track", cwd=tmp_path, expect=1, env=variables, stdin=subprocess.DEVNULL)
@@ -250,8 +248,8 @@ def test_without_weights_and_biases_nothing_begins(script, key, reason, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypatch):
-    """A row per update and seed at its global_step, also of a resumed run, and the evaluation at the end. A resumed run
-    goes on in W&B as well, under the name of its folder."""
+    """W&B gets a row per update and seed at its global_step, and the evaluation at the end. A resumed run continues
+    there, under the name of its folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", quick_jit)
     tracker, module, started = mock.Mock(), load(script), []
@@ -285,7 +283,7 @@ def test_help_shows_every_flag(name, capsys):
 
 @pytest.mark.parametrize("name", TMAZE)
 def test_evaluations_have_no_exploration_noise(name, tmp_path, monkeypatch):
-    """The evaluation and the video are of the policy alone."""
+    """The evaluation and the video use the policy without noise."""
     module, seen = load(name), []
     monkeypatch.setattr(jax, "jit", quick_jit)
     monkeypatch.setattr(module, "train", lambda args, update, state, *_: state)

@@ -1,4 +1,4 @@
-"""Craftax against the package it is made of, packed observations, ends of episodes, achievements and frames."""
+"""Craftax against its package; packed observations, ends of episodes, achievements and frames."""
 
 import importlib
 import re
@@ -30,7 +30,7 @@ def package(env_id, name):
 def functions(env_id):
     """-> our reset and step, the package's reset and step.
 
-    Of Classic each compiled on its own. Craftax takes too long for that: there ours are called as they are, around the
+    For Classic, each is compiled separately. Craftax takes too long for that: ours are not compiled, and call the
     package's, which compile themselves.
     """
     env = ENVS[env_id]
@@ -49,12 +49,12 @@ def step(env_id, state, action="noop", seed=1, **params):
 
 
 def same_bits(a, b):
-    """Equal as bit patterns, so that no rounding, -0 or NaN can hide."""
+    """Asserts equal bit patterns, so that no rounding, -0 or NaN can hide."""
     np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
 
 
 def busy_actions(env_id, num_steps):
-    """Of all kinds, but mostly walks of several steps, and what one may do with what stands there."""
+    """Random actions of all kinds, but mostly walks of several steps, and "do"."""
     names = ENVS[env_id].action_names
     rng = np.random.default_rng(0)
     walks = rng.choice([names.index(name) for name in ("left", "right", "up", "down")], num_steps // 4 + 1)
@@ -65,7 +65,7 @@ def busy_actions(env_id, num_steps):
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id, num_steps", [(CLASSIC, 600), (FULL, 300)])
 def test_episodes_equal_the_package(env_id, num_steps):
-    """Observation, state, reward and end, bit for bit, from world to world."""
+    """Observations, states, rewards and ends equal the package's in every bit, over several worlds."""
     reset, step, their_reset, their_step = functions(env_id)
     params, key, endings, worlds = ENVS[env_id].default_params, jax.random.key(0), 0, 1
     key, reset_key = jax.random.split(key)
@@ -91,7 +91,7 @@ def test_episodes_equal_the_package(env_id, num_steps):
 
 @pytest.mark.slow
 def test_observations_on_all_floors():
-    """With the player put on each floor: lit, in the dark, by day and by night, awake and asleep, among creatures."""
+    """Observations equal the package's on each floor: lit or dark, by day or night, awake or asleep, near creatures."""
     observe = quick_jit(ENVS[FULL].package_env.get_obs)
     rng, dark, lit, light, asleep = np.random.default_rng(5), 0, 0, set(), set()
     for seed in range(2):
@@ -113,7 +113,7 @@ def test_observations_on_all_floors():
 
 @pytest.mark.parametrize("env_id", GAMES)
 def test_any_state_at_all_survives_packing(env_id):
-    """States of pure noise hold every block, item and creature in every square; the map stays 0 and 1."""
+    """Packing preserves observations of random states, with every block, item and creature; the map is 0 or 1."""
     env, game, rng = ENVS[env_id], GAMES[env_id], np.random.default_rng(1)
     like = jax.eval_shape(env.package_env.reset, jax.random.key(0), env.default_params)[1]
     highest = {".map": 36 if env_id == FULL else 16, ".item_map": 4, ".player_level": 8, ".player_position": 47}
@@ -142,13 +142,13 @@ def test_any_state_at_all_survives_packing(env_id):
     obs = quick_jit(jax.vmap(env.package_env.get_obs))(state)
     view = np.asarray(obs)[:, : game.num_bits].reshape(-1, *game.view)
     assert set(np.unique(view)) == {0.0, 1.0}
-    assert view.max((0, 1, 2)).all() and not view.min((0, 1, 2)).any()  # no channel was dead
+    assert view.max((0, 1, 2)).all() and not view.min((0, 1, 2)).any()  # each channel varies
     same_bits(unpack(pack(obs)), obs)
 
 
 @pytest.mark.parametrize("env_id, obs_size, packed_size", [(FULL, 8268, 1232), (CLASSIC, 1345, 254)])
 def test_sizes(env_id, obs_size, packed_size):
-    """Of the package's layout, of the packed observation, and of any axes before them, also inside jit."""
+    """Observations have the package's size, packed or not, with any leading axes, also inside jit."""
     env, game = ENVS[env_id], GAMES[env_id]
     params = env.default_params
     assert env.package_env.observation_space(params).shape == (obs_size,) == (game.obs_size,)
@@ -189,7 +189,7 @@ def test_unknown_env_id():
 
 @pytest.mark.parametrize("env_id", GAMES)
 def test_time_limit_and_death(env_id):
-    """The limit alone truncates; death does not, not even in the last step, nor does lava or victory."""
+    """Only the limit truncates; death, lava and victory do not, not even in the last step."""
     _, state = start(env_id)
     limit = ENVS[env_id].default_params.max_timesteps
     assert limit == {FULL: 100000, CLASSIC: 10000}[env_id]
@@ -206,7 +206,7 @@ def test_time_limit_and_death(env_id):
         for name, change in ends.items():
             *_, done, info = step(env_id, timed.replace(**change))
             assert bool(done) and not info["truncated"], name
-    *_, done, info = step(env_id, state, max_timesteps=1)  # params are no constants
+    *_, done, info = step(env_id, state, max_timesteps=1)  # params are not constants
     assert done and info["truncated"]
 
 
@@ -223,13 +223,13 @@ def test_achievements_have_the_package_s_names(env_id):
 
 
 def test_the_largest_return():
-    """All achievements, each once."""
+    """It is the sum of all achievements, each once."""
     assert ENVS[FULL].max_return == package(FULL, "constants").ACHIEVEMENT_REWARD_MAP.sum() == 226
     assert ENVS[CLASSIC].max_return == len(package(CLASSIC, "constants").Achievement) == 22
 
 
 def test_unlocking_an_achievement():
-    """A table in front of the player: paid for once, and remembered to the end of the episode, not only in it."""
+    """Placing a table is rewarded once, and the achievement stays unlocked in later steps."""
     env = ENVS[CLASSIC]
     _, state = start(CLASSIC)
     grass = jnp.full_like(state.map, package(CLASSIC, "constants").BlockType.GRASS.value)
@@ -246,7 +246,7 @@ def test_unlocking_an_achievement():
 
 @pytest.mark.slow
 def test_in_the_stack():
-    """Under vmap, jit and scan, with statistics and resets: what comes out, and a world of its own for each reset."""
+    """Outputs are right under vmap, jit and scan, with statistics and resets, and each reset has another world."""
     env = OptimisticReset(EpisodeStatistics(ENVS[CLASSIC]), 8, 4)
     params = env.default_params.replace(max_timesteps=12)
     assert (env.num_envs, env.max_return, len(env.achievements)) == (8, 22, 22)
@@ -270,7 +270,7 @@ def test_in_the_stack():
 
 @pytest.mark.parametrize("env_id", GAMES)
 def test_states_are_of_one_type(env_id):
-    """From reset and from step, weak types too, or a training script would be compiled again for its second update."""
+    """reset and step return the same types, also weak ones; otherwise the second update would be compiled again."""
     env = ENVS[env_id]
     obs, state = jax.eval_shape(env.reset, jax.random.key(0), env.default_params)
     action = jax.eval_shape(lambda: jnp.int32(0))
@@ -280,7 +280,7 @@ def test_states_are_of_one_type(env_id):
 
 
 def test_importing_the_package_is_left_to_the_first_use():
-    """jax.distributed must still be possible before; and if the first use is inside jit, no tracer stays behind."""
+    """Before the first use, jax.distributed can still start. If that use is inside jit, no tracer is left behind."""
     script = """
 import sys, jax
 from envs.craftax import Craftax
@@ -296,7 +296,7 @@ assert modules and not any(isinstance(x, jax.core.Tracer) for module in modules 
 
 @pytest.mark.slow
 def test_frames(capsys):
-    """Of one size; with the action, the policy and the reward; and without a file left in the package."""
+    """Frames have one size, show action, policy and reward, and leave no file in the package."""
     env, assets = ENVS[CLASSIC], Path(package(CLASSIC, "constants").__file__).parent / "assets"
     _, state = start(CLASSIC)
     before = sorted(assets.iterdir())

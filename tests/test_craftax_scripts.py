@@ -1,4 +1,4 @@
-"""What Craftax's scripts have of their own: encoder and heads, memory saved by unpacking twice, resets, outcomes."""
+"""What only Craftax's scripts have: encoder and heads, memory saved by unpacking twice, resets, outcomes."""
 
 import functools
 from typing import Any
@@ -13,15 +13,15 @@ from common import CLASSIC, build, deviation, float64, load, make_env, noise_obs
 from envs.craftax import GAMES, Craftax, unpack
 
 
-@pytest.fixture(scope="module", params=["ppo_agalite_craftax"])  # what is tested with it is the same text in both
+@pytest.fixture(scope="module", params=["ppo_agalite_craftax"])  # the tested code is the same text in both
 def script(request):
     return load(request.param)
 
 
 @pytest.mark.parametrize("name, count", [("ppo_agalite_craftax", 2_876_844), ("ppo_gtrxl_craftax", 2_693_676)])
 def test_parameter_count(name, count):
-    """Of the default model on Craftax itself: what encoder and heads should have, and the memory of the T-Maze's size
-    but for eta and the size of its input."""
+    """On Craftax itself, encoder and heads of the default model have the expected sizes. The memory has that of the
+    T-Maze, except for eta and the size of its input."""
     script = load(name)
     args = script.Args()
     env = Craftax(args.env_id)
@@ -37,7 +37,7 @@ def test_parameter_count(name, count):
 
 
 def test_initial_parameters(script):
-    """Orthogonal kernels of the published gains: sqrt 2 and relu, then 2 and relu, then 0.01 or 1; biases 0."""
+    """Kernels are orthogonal, with the published gains sqrt 2 (relu), 2 (relu), and 0.01 or 1. Biases are 0."""
     _, agent = build(script, small_args(script))
     obs, reset = noise_observation(jax.random.key(0), (1, 3)), jnp.ones((1, 3), bool)
     start = obs, reset, agent.initial_memory(3)
@@ -51,7 +51,7 @@ def test_initial_parameters(script):
 
 
 def test_encoder_and_heads(script, monkeypatch):
-    """Both against numpy; the encoder reads the observation that was packed."""
+    """Both equal numpy; the encoder reads the unpacked observation."""
     rng = np.random.default_rng(0)
     obs = noise_observation(jax.random.key(0), (2, 3))
     random = lambda *shape: {"kernel": rng.normal(size=shape), "bias": rng.normal(size=shape[1:])}
@@ -77,7 +77,7 @@ def test_encoder_and_heads(script, monkeypatch):
 
 
 def test_unpacked_observations_are_not_kept(script):
-    """Of what the forward pass leaves to backpropagation nothing has the size of unpacked observations."""
+    """The forward pass keeps nothing of the size of unpacked observations for backpropagation."""
     args = small_args(script)
     _, agent = build(script, args)
     obs, reset = noise_observation(jax.random.key(0), (8, 3)), jnp.zeros((8, 3), bool)
@@ -88,7 +88,7 @@ def test_unpacked_observations_are_not_kept(script):
         return any(x.shape[-1:] == (CLASSIC.obs_size,) for x in jax.tree.leaves(kept))
 
     assert not keeps_them(agent, obs, reset, agent.initial_memory(3))
-    assert keeps_them(script.SymbolEncoder(5), obs), "or the test could not fail"
+    assert keeps_them(script.SymbolEncoder(5), obs), "otherwise the test could not fail"
 
 
 def test_resets_are_shared_in_training_only_by_so_many(script):
@@ -101,7 +101,7 @@ def test_resets_are_shared_in_training_only_by_so_many(script):
 
 
 def test_outcomes_of_training(script, monkeypatch):
-    """Score and achievements are means over the episodes that ended, each as it was at its end."""
+    """Score and achievements are means over the episodes that ended, each taken at its end."""
     args = small_args(script, num_envs=32)
     env, agent = build(script, args)
     noted, original = {}, script.rollout
@@ -131,7 +131,7 @@ def test_outcomes_of_training(script, monkeypatch):
 
 @pytest.mark.slow
 def test_outcomes_of_an_evaluation(script):
-    """Its episodes have outcomes too; here a point for each achievement is all there is to earn."""
+    """Episodes of an evaluation have outcomes, too. Here the return is one point per achievement."""
     args = small_args(script)
     _, agent = build(script, args)
     env = make_env(script, args, 50, evaluation=True)

@@ -10,7 +10,7 @@ from common import FIRST, assert_close
 
 pytestmark = pytest.mark.slow
 
-# Otherwise Adam and the normalisation blow up the rounding of gradients and advantages that are nearly nothing.
+# Otherwise Adam and the normalisation scale up the rounding errors of tiny gradients and advantages.
 EXACT = "--adam-eps", "1e-3", "--no-norm-adv"
 
 
@@ -54,8 +54,8 @@ def test_signal_to_one_stops_both(script, tmp_path):
     processes = start_two(script, "--total-timesteps", 5000 * BATCH, cwd=tmp_path)
     wait_for_row(processes[0], tmp_path, 5)
     os.kill(processes[1].pid, signal.SIGTERM)
-    said = [finish(process, expect=128 + signal.SIGTERM)[0] for process in processes]
+    printed = [finish(process, expect=128 + signal.SIGTERM)[0] for process in processes]
     folder = folder_of(tmp_path)
     last = len(rows(folder))
     assert 5 <= last < 5000 and steps(folder)[-1] == last
-    assert all(f"after update {last}" in out for out in said)
+    assert all(f"after update {last}" in out for out in printed)

@@ -26,12 +26,12 @@ OURS = re.compile(r"^(benchmarks/|tests/|ppo_)\S*\.(py|sh)$")
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    """The code blocks of a page in that language."""
+    """The code blocks of a page in this language."""
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.S)
 
 
 def commands(path: Path) -> list[list[str]]:
-    """Every command of a page that starts a script of ours, in a block or within backquotes, as a list of words."""
+    """Every command of a page that starts one of our scripts, in a block or in backquotes, as a list of words."""
     text = path.read_text().replace("\\\n", " ")
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
     lines += re.findall(r"`([^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
@@ -40,26 +40,26 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def links(path: Path) -> list[tuple[str, str]]:
-    """Text and target of each link of a page to something in the repository."""
+    """Text and target of each link of a page into the repository."""
     found = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", path.read_text())
     return [(text, target) for text, target in found if not target.startswith("http")]
 
 
 def anchors(path: Path) -> set[str]:
-    """What GitHub calls the headings of a page, as targets of links."""
+    """The headings of a page as GitHub's link targets."""
     headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_pages_are_read():
-    """The tests below look at what these find, so they must find it."""
+    """The functions above find links, commands and headings, which the tests below need."""
     assert sum(len(links(path)) for path in PAGES) > 150
     assert sum(len(commands(path)) for path in PAGES) > 70
     assert {"quick-start", "results"} <= anchors(PAGES[0])
 
 
 def own_flags(name: str) -> set[str]:
-    """The flags of a script of ours, with underscores."""
+    """The flags of one of our scripts, with underscores."""
     return {field.name for field in dataclasses.fields(load(name).Args)}
 
 
@@ -75,7 +75,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_image_is_shown():
-    """No image in docs/ is left over."""
+    """Every image in docs/ is on a page."""
     text = "".join(page.read_text() for page in PAGES)
     for image in [*ROOT.glob("docs/**/*.png"), *ROOT.glob("docs/**/*.gif")]:
         assert image.name in text, image
@@ -83,7 +83,7 @@ def test_every_image_is_shown():
 
 @page
 def test_commands_can_be_run(page):
-    """What is started exists, and scripts accept their flags."""
+    """The files that commands start exist, and scripts accept their flags."""
     for words in commands(page):
         start = next(i for i, word in enumerate(words) if OURS.search(word))
         path, flags = words[start], [word for word in words[start + 1 :] if word != "--help"]
@@ -104,7 +104,7 @@ PRESETS = [path for path in ROOT.glob("benchmarks/*.sh") if path.name != "gpu.sh
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
 def test_presets_can_be_run(preset):
     """The scripts that benchmarks/*.sh start accept the flags that they get."""
-    commands = re.sub(r"^( *)python ", r"\1echo ", preset.read_text(), flags=re.M)  # says what it would run
+    commands = re.sub(r"^( *)python ", r"\1echo ", preset.read_text(), flags=re.M)  # prints what it would run
     done = subprocess.run(["bash", "-c", commands, preset, "3"], capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
         path, *flags = line.removeprefix("benchmarks/without_memory.py ").split()
@@ -114,7 +114,7 @@ def test_presets_can_be_run(preset):
 
 
 def test_gpu_sh_finds_its_files_and_tests():
-    """The programs that it starts exist; each word of its -k selects a test, and each of its files has one."""
+    """The programs that it starts exist. Each word of its -k selects a test, and each of its files has one."""
     text = (ROOT / "benchmarks" / "gpu.sh").read_text()
     programs = set(re.findall(r"python (\S+\.py)", text))
     assert len(programs) == 4 and all((ROOT / path).exists() for path in programs)
@@ -128,7 +128,7 @@ def test_gpu_sh_finds_its_files_and_tests():
 
 @page
 def test_flags_exist(page):
-    """Every flag that is named is one of a script or of a benchmark."""
+    """Every flag that a page names belongs to a script, a benchmark or a test."""
     fields = set().union(*(own_flags(path.stem) for path in ROOT.glob("ppo_*.py")))
     sources = "".join(path.read_text() for path in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")])
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page.read_text())) - OTHERS - EARLIER:
@@ -149,7 +149,7 @@ def test_the_notebook_example_of_readme_runs(monkeypatch):
 
 @pytest.mark.slow
 def test_the_trained_policy_of_usage_acts(monkeypatch):
-    """docs/usage.md loads a run in Python. Its folder is replaced by that of a run of the tests."""
+    """docs/usage.md loads a run in Python. The test replaces its folder by that of a run of the tests."""
     monkeypatch.setattr(jax, "jit", quick_jit)
     (code,) = blocks(ROOT / "docs/usage.md", "python")
     code = re.sub(r'Path\("runs/[^"]*"\)', f"Path({str(finished('ppo_agalite_tmaze'))!r})", code)
@@ -173,7 +173,7 @@ def replace_between(source: str, start: str, end: str, new: str) -> str:
 
 @pytest.mark.slow
 def test_a_memory_of_your_own_passes_the_tests(tmp_path):
-    """The copy of docs/your_own.md, made as the page says, is found by the tests and passes them."""
+    """The tests find the copy that docs/your_own.md describes, and it passes them."""
     source = (ROOT / "ppo_lstm_tmaze.py").read_text()
     source = replace_between(source, "def over_time(", "class ActorCritic(", block_with("class MinGRU") + "\n\n")
     memory = block_with("def initial_memory").replace("    @nn.nowrap\n", "", 1)
@@ -199,7 +199,7 @@ def test_a_memory_of_your_own_passes_the_tests(tmp_path):
 
 
 def test_an_environment_of_your_own_plays():
-    """The environment of docs/your_own.md within the wrappers of its make_env: an episode that succeeds."""
+    """The environment of docs/your_own.md, within the wrappers of its make_env, plays an episode that succeeds."""
     script, names = load("ppo_lstm_tmaze"), {}
     exec(block_with("class Recall:"), names)
     wrappers = {name: getattr(script, name) for name in ("AutoReset", "EpisodeStatistics", "VectorEnv")}
@@ -215,7 +215,7 @@ def test_an_environment_of_your_own_plays():
 
 
 def test_a_gymnax_environment_is_adapted():
-    """The adapter calls the functions of gymnax that take no automatic reset. gymnax itself is not installed here."""
+    """The adapter calls gymnax's functions without automatic reset. gymnax itself is not installed here."""
     gymnax, names = mock.Mock(), {}
     inner = mock.Mock()
     gymnax.make.return_value = inner, "params"
@@ -229,7 +229,7 @@ def test_a_gymnax_environment_is_adapted():
 
 @pytest.mark.slow
 def test_the_tutorial_runs(monkeypatch):
-    """docs/tutorial.ipynb from its first cell to its last: its assertions hold, and its agent learns."""
+    """docs/tutorial.ipynb runs from its first cell to its last: its assertions hold, and its agent learns."""
     monkeypatch.chdir(ROOT / "docs")
     monkeypatch.setattr(sys, "path", sys.path.copy())
     names = {}

@@ -38,7 +38,7 @@ FLAGS = ["--total-timesteps", 200 * BATCH, "--checkpoint-interval", 20]  # those
 
 @pytest.mark.parametrize("script", FIRST)
 def test_run_killed_before_its_first_checkpoint(script, tmp_path):
-    """If a run was killed before it saved anything, --resume says so in a sentence."""
+    """If a run was killed before it saved anything, --resume says so in one sentence."""
     process = start(script, *FLAGS, cwd=tmp_path)
     while not list(tmp_path.glob("runs/*/args.json")):
         assert process.poll() is None
@@ -54,8 +54,8 @@ def test_run_killed_before_its_first_checkpoint(script, tmp_path):
 @pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])  # SIGTERM: test_distributed.py
 def test_signal_saves_and_says_how_to_resume(script, number, tmp_path):
-    """Ctrl-C and the signals of a job scheduler or a closed terminal finish the update, save it and print a command
-    that completes the run, also in a folder with a space in its name."""
+    """On Ctrl-C or a signal of a job scheduler or a closed terminal, a run finishes the update, saves it and prints a
+    command that completes the run, also in a folder with a space in its name."""
     cwd = tmp_path / "my runs"
     cwd.mkdir()
     process = start(script, *FLAGS, cwd=cwd)
@@ -74,7 +74,7 @@ def test_signal_saves_and_says_how_to_resume(script, number, tmp_path):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_nohup_is_respected(script, tmp_path):
-    """A run that was started with nohup goes on when the terminal is closed."""
+    """A run that was started with nohup continues when the terminal is closed."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does; the process inherits it
     process = start(script, *FLAGS, cwd=tmp_path)
     signal.signal(signal.SIGHUP, before)
@@ -86,7 +86,7 @@ def test_nohup_is_respected(script, tmp_path):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_a_second_signal_ends_the_run(script, tmp_path):
-    """The first one is noted, and the default action is back for the next one, so that it need not wait."""
+    """The first signal restores the default action, so that the next one ends the run at once."""
     module, seen = load(script), []
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
 
@@ -106,7 +106,7 @@ def test_a_second_signal_ends_the_run(script, tmp_path):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_signal_after_training_ends_the_run(script, tmp_path):
-    """Nothing is left to save during the evaluation, so the first signal ends the run."""
+    """During the evaluation nothing is left to save, so the first signal ends the run."""
     process = start(script, "--total-timesteps", BATCH, "--eval-episodes", 10**5, cwd=tmp_path)
     wait_for_row(process, tmp_path, 1)
     deadline = time.time() + PATIENCE
@@ -123,7 +123,7 @@ def test_signal_after_training_ends_the_run(script, tmp_path):
 
 def truncate(step):
     """As a crash of the machine leaves it."""
-    for path in step.rglob("d/*"):  # all that hold arrays: which of them are needed varies from run to run
+    for path in step.rglob("d/*"):  # all files with arrays: which of them are needed varies between runs
         path.write_bytes(path.read_bytes()[:100])
 
 
@@ -144,13 +144,13 @@ def garble(step):
 DAMAGES = [truncate, delete, empty, garble]
 
 
-# tensorstore goes on reading other parts of a damaged checkpoint, whose errors nobody waits for.
+# tensorstore continues to read other parts of a damaged checkpoint, whose errors nobody waits for.
 quiet = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture
 def restored(monkeypatch):
-    """-> a function: the parameters that main, called in this process, hands to `report` after it restored a folder."""
+    """-> a function that calls main in this process -> the parameters of a restored folder that `report` gets."""
 
     def evaluate(module, folder, flag="--evaluate"):
         got = []
@@ -166,8 +166,8 @@ def restored(monkeypatch):
 @pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_the_checkpoint_before_a_damaged_one_is_used(script, damage, tmp_path, restored, capsys):
-    """Whatever happened to the newest checkpoint, the one before is used, one sentence says so, and all files stay as
-    they are."""
+    """However the newest checkpoint is damaged, the run uses the previous one, says so in one sentence, and changes no
+    file."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     whole = checkpoint(folder, 180)["train_state"]["params"]
@@ -175,15 +175,15 @@ def test_the_checkpoint_before_a_damaged_one_is_used(script, damage, tmp_path, r
     before = snapshot(folder / "checkpoints")
     params = restored(load(script), folder)
     assert_identical(jax.tree.map(lambda x: x[0], params), jax.tree.map(lambda x: x[0], whole))
-    said = [line for line in capsys.readouterr().out.splitlines() if "Checkpoint" in line]
-    assert len(said) == 1 and said[0].startswith("Checkpoint 200 cannot be read: ") and len(said[0]) < 200
+    printed = [line for line in capsys.readouterr().out.splitlines() if "Checkpoint" in line]
+    assert len(printed) == 1 and printed[0].startswith("Checkpoint 200 cannot be read: ") and len(printed[0]) < 200
     assert snapshot(folder / "checkpoints") == before
 
 
 @pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("damage", [truncate, empty], ids=lambda damage: damage.__name__)
 def test_run_completes_after_damage(script, damage, tmp_path):
-    """A run whose newest checkpoint is damaged goes on from the one before, to the same end, and saves it again."""
+    """If the newest checkpoint is damaged, a run continues from the previous one to the same end and saves it again."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     damage(folder / "checkpoints" / "200")
@@ -194,7 +194,7 @@ def test_run_completes_after_damage(script, damage, tmp_path):
 @quiet
 @pytest.mark.parametrize("script", FIRST)
 def test_no_readable_checkpoint_is_said(script, tmp_path, restored):
-    """With every checkpoint damaged, one sentence says that none can be read."""
+    """If every checkpoint is damaged, one sentence says that none can be read."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     for step in steps(folder):
@@ -207,7 +207,7 @@ def test_no_readable_checkpoint_is_said(script, tmp_path, restored):
 
 HIDDEN = "x, memory = AGaLiTe(self.args)(obs, reset, memory)"
 ADAM = "optax.adam(args.learning_rate_at, eps=args.adam_eps)"
-EDITS = {  # how a user edits the script, and what differs first
+EDITS = {  # how a user edits the script, and the first difference
     "a layer more": (HIDDEN, f"{HIDDEN}; x = x + dense(16)(x)", "Dense_2/bias is (1, 4) there and (1, 16)"),
     "no memory": (HIDDEN, "x = obs", "there and missing"),
     "another optimizer": (ADAM, "optax.sgd(args.learning_rate_at, momentum=0.9)", "opt_state/"),
@@ -217,7 +217,7 @@ EDITS = {  # how a user edits the script, and what differs first
 @pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("edit", EDITS)
 def test_checkpoints_of_a_script_before_it_was_edited_stay(script, edit, tmp_path, restored):
-    """If a checkpoint does not fit the edited model, one sentence names what differs, and the folder stays as it is."""
+    """If a checkpoint does not fit the edited model, a sentence names the difference, and the folder stays as it is."""
     folder, (old, new, difference) = tmp_path / "run", EDITS[edit]
     shutil.copytree(finished(script), folder)
     before, copy = snapshot(folder), import_copy(edited(script, tmp_path, (old, new)))
@@ -232,7 +232,7 @@ def test_checkpoints_of_a_script_before_it_was_edited_stay(script, edit, tmp_pat
 
 @pytest.mark.parametrize("script", FIRST)
 def test_checkpoints_of_other_sizes_stay(script, tmp_path):
-    """The same if the sizes in args.json are no longer those of the checkpoint."""
+    """The same holds if the sizes in args.json are no longer those of the checkpoint."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     args = json.loads((folder / "args.json").read_text())
@@ -250,17 +250,17 @@ def test_checkpoints_of_other_sizes_stay(script, tmp_path):
 @pytest.mark.parametrize("victim", ["checkpoint", "metrics"])
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
 def test_full_disk_ends_the_run_with_a_word(script, victim, tmp_path):
-    """When nothing more can be written, the run ends with a message, and what was saved before can be read."""
+    """If nothing more can be written, the run ends with a message, and earlier checkpoints can be read."""
     process = start(script, "--total-timesteps", 2000 * BATCH, "--checkpoint-interval", 20, cwd=tmp_path)
     wait_for_row(process, tmp_path, 25)
-    limit = 30_000  # bytes a file may have: too few for a checkpoint
+    limit = 30_000  # bytes per file: too few for a checkpoint
     if victim == "metrics":
         limit = (folder_of(tmp_path) / "metrics.csv").stat().st_size + 100
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     _, err = finish(process, expect=1)
     folder = folder_of(tmp_path)
     assert "File too large" in err and f'--resume "{folder}" continues from the newest' in err
-    # Threads of tensorstore may still complain about a closed event loop, but no traceback is the script's.
+    # Threads of tensorstore may still complain about a closed event loop, but the script prints no traceback.
     assert f'{script}.py", line' not in err and "orbax" not in err.replace(".orbax-checkpoint-tmp", ""), err
     assert steps(folder)[-1] >= 20
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint(folder)["train_state"]["params"]))
@@ -271,14 +271,16 @@ def test_full_disk_ends_the_run_with_a_word(script, victim, tmp_path):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_diverging_run_stops_before_it_saves(script, tmp_path):
-    """NaN or infinity stops the run naming update and seed; the checkpoint before stays, with finite parameters."""
+    """NaN or infinity stops the run, which names update and seed. The previous checkpoint stays, and it is finite."""
     # With one gradient step per update, the first update is finite and the next one is not.
     flags = ["--learning-rate", "1e9", "--num-minibatches", 1, "--seed", 7, "--checkpoint-interval", 1]
     _, err = run(script, *FLAGS[:2], *flags, cwd=tmp_path, expect=1)
     folder = folder_of(tmp_path)
     done = len(rows(folder))
-    (said,) = [line for line in err.splitlines() if "not finite" in line]
-    assert said.startswith(f"Update {done + 1} is not saved: losses/") and said.endswith(" of seed 7 is not finite")
+    (sentence,) = [line for line in err.splitlines() if "not finite" in line]
+    assert sentence.startswith(f"Update {done + 1} is not saved: losses/") and sentence.endswith(
+        " of seed 7 is not finite"
+    )
     assert "Traceback" not in err
     assert steps(folder)[-1] == done
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoint(folder)["train_state"]["params"]))

@@ -1,4 +1,4 @@
-"""GaLiTe against the numbers of its authors, a float64 reference of our own, and its starting parameters."""
+"""GaLiTe against its authors' numbers and against our float64 reference; its initial parameters."""
 
 import ast
 from pathlib import Path
@@ -49,7 +49,7 @@ def authors_params(z, args) -> dict:
 
 
 def test_golden_numbers():
-    """Values, input gradients and final memory are those of the authors' code."""
+    """Values, input gradients and final memory equal those of the authors' code."""
     z = np.load(Path(__file__).parent / "golden" / "galite.npz")
     meta = ast.literal_eval(str(z["meta"]))
     names = {"n_layers": "num_layers", "n_heads": "num_heads"}
@@ -66,11 +66,11 @@ T, B, OBS = 70, 3, 14
 RESETS = np.zeros((T, B), bool)
 RESETS[[0, 20, 21, 22, T - 1], 0] = True  # at the start, consecutive, at the very end
 RESETS[[33, 34], 1] = True  # starts in mid-episode
-# the third begins in mid-episode and never ends
+# The third starts in mid-episode and has no reset.
 
 
 def test_agrees_with_a_float64_reference():
-    """Values, memory and every derivative are those of the plain formulas in double precision."""
+    """Values, memory and all derivatives equal those of the plain formulas in double precision."""
     args = small_args(script)
     _, agent = build(script, args)
     rng = np.random.default_rng(0)
@@ -116,8 +116,8 @@ def test_agrees_with_a_float64_reference():
 
 @pytest.mark.parametrize("chrono_steps", slow_but([1.0, 300.0], [300.0]))
 def test_initial_parameters(chrono_steps):
-    """The published count; each head's kernels orthogonal with gain sqrt 2; 1 / gate - 1 of gamma between 1 and
-    chrono_steps; all other biases 0."""
+    """The count is the published one. Each head's kernels are orthogonal with gain sqrt 2; 1 / gate - 1 of gamma is
+    between 1 and chrono_steps; all other biases are 0."""
     assert count_parameters(script, script.Args(chrono_steps=chrono_steps)) == 1_826_405
     args = small_args(script, d_model=16, d_head=8, chrono_steps=chrono_steps)
     _, agent = build(script, args)
@@ -133,7 +133,7 @@ def test_initial_parameters(chrono_steps):
         assert not np.any(maps.get("bias", 0))
         if name != "out":
             assert len(maps["kernel"]) == args.num_heads
-            assert np.abs(maps["kernel"][0] - maps["kernel"][1]).max() > 0.1, "each head is drawn on its own"
+            assert np.abs(maps["kernel"][0] - maps["kernel"][1]).max() > 0.1, "each head is drawn separately"
     assert 1 - 1e-5 <= steps.min() and steps.max() <= chrono_steps + 1e-3
     assert len(np.unique(steps)) == (steps.size if chrono_steps > 1 else 1)
     assert chrono_steps == 1 or steps.min() < 100 < 200 < steps.max()

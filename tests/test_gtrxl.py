@@ -1,4 +1,4 @@
-"""GTrXL against the numbers of its authors, a float64 reference of our own that goes further, and its parameters."""
+"""GTrXL against its authors' numbers and against our float64 reference, which covers more; its initial parameters."""
 
 import ast
 import copy
@@ -54,7 +54,7 @@ def authors_params(z, args) -> dict:
 
 @pytest.mark.parametrize("name", ["gtrxl_m8", "gtrxl_m40"])
 def test_golden_numbers(name):
-    """Values, input gradients and final memory are those of the authors' code."""
+    """Values, input gradients and final memory equal those of the authors' code."""
     z = np.load(Path(__file__).parent / "golden" / f"{name}.npz")
     meta = ast.literal_eval(str(z["meta"]))
     assert meta.pop("mlp_num") == 2
@@ -72,11 +72,11 @@ T, B, OBS = 70, 3, 14
 RESETS = np.zeros((T, B), bool)
 RESETS[[0, 20, 21, 22, T - 1], 0] = True  # at the start, consecutive, at the very end
 RESETS[[33, 34], 1] = True  # starts in mid-episode
-# the third begins in mid-episode and never ends: 14 windows of 5 steps
+# The third starts in mid-episode and has no reset: 14 windows of 5 steps.
 
 
 def case(memory_len: int):
-    """A small agent with random parameters, observations, and a memory of which a part is in sight."""
+    """A small agent with random parameters, observations, and a memory that is partly visible."""
     args = small_args(script, memory_len=memory_len)
     _, agent = build(script, args)
     rng = np.random.default_rng(0)
@@ -90,8 +90,8 @@ def case(memory_len: int):
 
 @pytest.mark.parametrize("memory_len", [1, 5, 7, 16, 100])
 def test_agrees_with_a_float64_reference(memory_len):
-    """Values, memory and every derivative are those of the plain formulas in double precision: of windows that are cut
-    into blocks and such that are not, shorter than an episode and longer. No gradient passes the handed-over memory."""
+    """Values, memory and all derivatives equal those of the plain formulas in double precision, for windows that are
+    cut into blocks or not, shorter or longer than an episode. No gradient reaches the initial memory."""
     args, agent, params, obs, memory = case(memory_len)
     rng = np.random.default_rng(1)
     weights = rng.normal(size=(T, B, 4)), rng.normal(size=(T, B))
@@ -130,8 +130,8 @@ def test_agrees_with_a_float64_reference(memory_len):
 
 
 def test_a_step_sees_just_its_window():
-    """An observation M steps back in one layer changes the outcome, one more step back does not. Through two layers
-    twice as far."""
+    """With one layer, an observation changes outputs up to M steps later, but no further. Two layers reach twice as
+    far."""
     args, agent, params, obs, memory = case(memory_len=5)
     apply = quick_jit(agent.apply)
     none = np.zeros((T, B), bool)
@@ -145,7 +145,7 @@ def test_a_step_sees_just_its_window():
 
 
 def test_acting_makes_no_keys():
-    """A step costs little more for each step of the window, less than a tenth of the keys and values of that step."""
+    """Per step of the window, acting costs its position and less than a tenth of its keys and values."""
     operations, B = [], 3
     for memory_len in (100, 200):
         args = script.Args(memory_len=memory_len)
@@ -160,7 +160,7 @@ def test_acting_makes_no_keys():
 
 @pytest.mark.slow
 def test_ratio_one_notices_a_missing_window():
-    """Were learning to see further back than acting, as the authors' does, the ratio would not be 1."""
+    """If learning saw further back than acting, as the authors' does, the ratio would not be 1."""
     played = copy.copy(played_by("ppo_gtrxl_tmaze"))
     M = played.args.memory_len
     wide = script.ActorCritic(dataclasses.replace(played.args, memory_len=2 * M), 4)
@@ -172,7 +172,7 @@ def test_ratio_one_notices_a_missing_window():
 
 
 def test_initial_parameters():
-    """The published count, less biases that cancel; Flax's own initialisers; else zeros, ones, the gate's bias of 2."""
+    """The count is the published one without biases that cancel. Kernels are drawn as in Flax; biases are 0 or 2."""
     assert count_parameters(script, script.Args()) == 1_617_925 - 4 * 2 * 256  # of keys and positions
     args = small_args(script, d_model=64, d_head=16)
     _, agent = build(script, args)
@@ -186,4 +186,4 @@ def test_initial_parameters():
     for kernel in (*kernels, key_value):  # (64, n), of variance 1 / 64
         assert abs(kernel.std() * 8 - 1) < 0.05 and abs(kernel.mean()) < 0.01
         assert np.abs(kernel[:, :64].T @ kernel[:, :64] - np.eye(64)).max() > 0.2, "not orthogonal"
-    assert all(np.abs(a - b).max() > 0.1 for i, a in enumerate(kernels) for b in kernels[:i]), "drawn on their own"
+    assert all(np.abs(a - b).max() > 0.1 for i, a in enumerate(kernels) for b in kernels[:i]), "drawn separately"

@@ -1,4 +1,4 @@
-"""Each script learns a small task that needs memory, and does not learn it when its memory is taken away."""
+"""Each script learns a small task that needs memory, and does not learn it without its memory."""
 
 import functools
 import sys
@@ -15,13 +15,13 @@ from envs.wrappers import AutoReset, EpisodeStatistics, PooledReset, VectorEnv
 
 pytestmark = pytest.mark.slow
 
-# A corridor so short that exploration and initial value, which help in a long one, are not needed.
+# A corridor so short that it needs no exploration and no initial value, which help in a long one.
 PPO = {
     "d_actor": 32, "d_critic": 32, "num_envs": 32, "num_steps": 32, "num_minibatches": 4, "update_epochs": 4,
     "learning_rate": 2e-3, "anneal_lr": False, "gae_lambda": 0.95, "vf_coef": 0.5, "ent_coef": 0.01,
     "max_grad_norm": 0.5,
 }  # fmt: skip
-# Evaluations within the budget of total_timesteps, of so many episodes, and the least number of them.
+# Evaluations within the budget of total_timesteps, episodes of each, and the least number of evaluations.
 CHECKS, EPISODES, LEAST = 16, 200, 3
 SHORT = PPO | {
     "corridor_len": 6, "max_episode_steps": 40, "initial_value": 0.0, "logit_noise": 0.0, "critic_lambda": 0.95,
@@ -38,7 +38,7 @@ SYMBOLS = {name: x for name, x in PICTURES.items() if name != "num_channels"} | 
 # `PYTHONPATH=. python tests/test_learning.py NAME 20`: all 20 seeds reached 0.9 after these steps of the budget.
 # T-Maze, of 131k: LSTM, GRU, AGaLiTe 33k, GTrXL, GaLiTe 25k. Mystery Path, of 66k: 8k. Craftax, of 66k: 12k. (AMD EPYC,
 # Zen 5, jax 0.10.2.) GaLiTe, and AGaLiTe with images, get four heads: with two, the key of the cue and the query
-# sometimes share no entry that is not 0, and 1 of 20 seeds (images: 1 of 8) stays at chance.
+# sometimes share no nonzero entry, and 1 of 20 seeds (images: 1 of 8) stays at chance.
 SETTINGS = {
     "ppo_agalite_tmaze": SHORT | LINEAR,
     "ppo_galite_tmaze": SHORT | LINEAR | {"d_head": 8, "num_heads": 4},
@@ -46,13 +46,13 @@ SETTINGS = {
     "ppo_lstm_tmaze": SHORT | {"hidden_size": 32},
     "ppo_gru_tmaze": SHORT | {"hidden_size": 32},
     "ppo_agalite_mysterypath": PICTURES | LINEAR | FOUR_HEADS,
-    "ppo_agalite_craftax": SYMBOLS | LINEAR | {"chrono_steps": 4.0},  # their siblings have a memory seen above
+    "ppo_agalite_craftax": SYMBOLS | LINEAR | {"chrono_steps": 4.0},  # GTrXL is tested above
 }
 
 
 class CuePictures:
-    """In place of Mystery Path, which takes days, with smaller images: first red or green, then black twice, then
-    white, when the action must be 0 after red and 1 after green."""
+    """Replaces Mystery Path, which takes days, with smaller images: first red or green, then black twice, then white:
+    now the action must be 0 after red and 1 after green."""
 
     default_params = None
     outcomes = {"charts/success_rate": "success"}
@@ -85,7 +85,7 @@ class CuePictures:
 
 
 class CueSymbols(CuePictures):
-    """The same in Craftax Classic's observations: a third of the symbols is a colour, the numbers are white."""
+    """The same as observations of Craftax Classic: each third of the symbols is a colour, the numbers are white."""
 
     def picture(self, colour):
         white = colour.all()
@@ -103,7 +103,7 @@ def task_env(script, name: str):
 
 
 class Forgetful:
-    """An agent that, if its parameter says so, is told at every step that a new episode begins."""
+    """An agent that, if its parameter `forgets` is positive, gets a reset at every step."""
 
     def __init__(self, agent):
         self.agent, self.initial_memory = agent, agent.initial_memory
@@ -116,8 +116,8 @@ class Forgetful:
 
 
 def train(name: str, seeds, forgets):
-    """Trains all seeds at once, and those without memory where `forgets` is 1 -> again and again the environment steps
-    so far and the results of an evaluation, (seeds, EPISODES) each."""
+    """Trains all seeds at once, without memory if their `forgets` is 1. Yields the environment steps so far and the
+    results of an evaluation, (seeds, EPISODES) each."""
     script = load(name)
     args, make_env = script.Args(**SETTINGS[name]), task_env(script, name)
     env, many = (make_env(args, num_envs) for num_envs in (args.num_envs, EPISODES))
@@ -137,8 +137,8 @@ def train(name: str, seeds, forgets):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_learns_with_memory_and_only_with_it(name):
-    """Success of both seeds comes to 0.9 within the budget. Without memory the same script is then at 0.6 or
-    below, chance being 0.5."""
+    """Both seeds reach a success of 0.9 within the budget. Without memory, the same script is then at 0.6 or below;
+    chance is 0.5."""
     history, reached = [], np.zeros(2, bool)
     for steps, results in train(name, seeds=[1, 2, 1, 2], forgets=[0, 0, 1, 1]):
         success = results["success"].mean(1)
@@ -152,11 +152,11 @@ def test_learns_with_memory_and_only_with_it(name):
     if name in TMAZE:
         length = results["episodic_length"].mean(1)[2:]
         assert (length < 2 * SHORT["corridor_len"]).all(), (
-            "without memory too they walk to the junction, and fail there"
+            "without memory, too, they walk to the junction, and fail there"
         )
 
 
-if __name__ == "__main__":  # with the name of a script and a number of seeds, which train all at once
+if __name__ == "__main__":  # with a script's name and a number of seeds, which all train at once
     name, num_seeds = sys.argv[1], int(sys.argv[2])
     took = np.full(num_seeds, np.inf)
     for steps, results in train(name, seeds=range(1, num_seeds + 1), forgets=[0] * num_seeds):

@@ -1,4 +1,4 @@
-"""What the memory of every script's agent must do: last from call to call, and be cleared at a reset."""
+"""The memory of every script's agent must last from call to call, and be cleared at a reset."""
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ from common import (
 T, B = 50, 3
 RESETS = np.zeros((T, B), bool)
 RESETS[[0, 17, 18, T - 1], 0] = True  # at the start, consecutive, at the end
-RESETS[[16, 34], 1] = True  # at places where the sequence is cut; begins in mid-episode
-# the third never ends: longer than any chunk or memory window
+RESETS[[16, 34], 1] = True  # at places where the sequence is cut; starts in mid-episode
+# The third has no reset: longer than any chunk or memory window.
 
 
 class Case:
-    """A small agent with random parameters, observations, and a memory some steps into an episode."""
+    """A small agent with random parameters, observations, and a memory in mid-episode."""
 
     def __init__(self, name: str):
         script = load(name)
@@ -49,7 +49,7 @@ def case(request):
 
 
 def test_the_batch_is_the_first_axis_of_a_memory(case):
-    """Of every array in it: the first one and the one that is handed on."""
+    """This holds for every array of a memory, before and after a call."""
     arrays = jax.tree.leaves((case.memory, case.end))
     assert arrays and all(x.shape[0] == B for x in arrays)
 
@@ -59,7 +59,7 @@ CHUNKS = {"single": (1,) * T, "16+34": (16, 34), "34+16": (34, 16), "1+48+1": (1
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_one_pass_equals_any_cut_into_chunks(case, chunks):
-    """One call over T steps equals single steps and any chunks, with the memory handed over from call to call."""
+    """One call over T steps equals single steps and any chunks, if the memory is passed from call to call."""
     assert sum(chunks) == T
     memory, outputs, start = case.memory, [], 0
     for n in chunks:
@@ -71,7 +71,7 @@ def test_one_pass_equals_any_cut_into_chunks(case, chunks):
 
 
 def test_the_past_is_remembered_until_a_reset(case):
-    """After a reset nothing depends on what came before, be it steps or the memory handed in; before it, much does."""
+    """After a reset, nothing depends on earlier steps or on the initial memory; before it, outputs do."""
     rng = np.random.default_rng(1)
 
     def garbage(x):
@@ -85,12 +85,12 @@ def test_the_past_is_remembered_until_a_reset(case):
     assert np.abs(logits[:16, 1] - case.logits[:16, 1]).max() > 1e-2
     assert_close((logits[16:, 1], value[16:, 1]), (case.logits[16:, 1], case.value[16:, 1]), atol=1e-6)
     assert np.abs(value[:, 2] - case.value[:, 2]).max() > 1e-2
-    # What is handed on is as forgetful as the outputs.
+    # The final memory forgets as the outputs do.
     more = lambda memory: case.apply(case.obs[:1], np.zeros((1, B), bool), memory)[:2]
     (logits, value), (expected_logits, expected_value) = more(end), more(case.end)
     assert_close((logits[:, :2], value[:, :2]), (expected_logits[:, :2], expected_value[:, :2]), atol=1e-6)
 
-    # Other observations up to a reset change what comes before it and nothing after it.
+    # Other observations up to a reset change the outputs before it and none after it.
     obs = case.obs.copy()
     for b, end in enumerate((17, 34, 1)):
         obs[:end, b] = case.other_obs[:end, b]
@@ -102,7 +102,7 @@ def test_the_past_is_remembered_until_a_reset(case):
 
 
 def test_environments_do_not_mix(case):
-    """Each environment's outcome depends on its own observations, resets and memory alone."""
+    """Each environment's outputs depend only on its own observations, resets and memory."""
     logits, value, end = case.apply(case.obs[:, ::-1], RESETS[:, ::-1], jax.tree.map(lambda x: x[::-1], case.memory))
     end = jax.tree.map(lambda x: x[::-1], end)
     assert_close((logits[:, ::-1], value[:, ::-1], end), (case.logits, case.value, case.end), atol=1e-5)
@@ -110,8 +110,8 @@ def test_environments_do_not_mix(case):
 
 @pytest.mark.parametrize("name", ["ppo_agalite_tmaze", "ppo_galite_tmaze"])
 def test_linear_attention_is_the_same_on_a_gpu(name, monkeypatch):
-    """There a chunk is one associative scan and not a loop: outputs, memory and every derivative stay what they are."""
-    script, rng, T = load(name), np.random.default_rng(0), 150  # more than a chunk, and no whole number of them
+    """There, a chunk is an associative scan, not a loop: outputs, memory and all derivatives stay the same."""
+    script, rng, T = load(name), np.random.default_rng(0), 150  # more than a chunk, and not a multiple of it
     args = small_args(script, num_layers=1)
     env, agent = build(script, args)
     obs, reset = random_observations(env, 0, (T, B)), rng.random((T, B)) < 0.05

@@ -1,4 +1,4 @@
-"""Memory Maze against its package, seeds, ends of episodes, frames and what it says where it cannot run."""
+"""Memory Maze against its package; seeds, ends of episodes, frames, and what it says if it cannot run."""
 
 import dataclasses
 import functools
@@ -66,14 +66,14 @@ def recording(size):
 
 
 def walk(env, actions, **reset_options):
-    """-> the first observation and those after each of the actions"""
+    """-> the first observation and those after each action"""
     return np.stack([env.reset(**reset_options)[0], *(env.step(action)[0] for action in actions)])
 
 
 @needs_package
 @pytest.mark.parametrize("size", slow_but(MAX_STEPS, ["9x9"]))
 def test_same_as_the_package(make, size):
-    """To the last bit; and again after another episode, when textures have been borrowed before."""
+    """Equal in every bit, also after another episode, when textures have been borrowed before."""
     env, seed = make(size), {"9x9": 7}.get(size, 1)
     counts = check(env, seed, *recording(size))
     if size == "9x9":
@@ -118,7 +118,7 @@ def test_a_planted_fault_is_found(make, monkeypatch, fault):
 
 @needs_package
 def test_the_seed_decides_all_episodes(make):
-    """Also the later ones, whatever is done in those before, and whether or not there was time to prepare them."""
+    """Also the later ones, whatever happens in earlier ones, and whether or not there was time to prepare them."""
     actions = [FORWARD, RIGHT] * 5
     one, two = make(), make()
     first = walk(one, actions, seed=3)
@@ -142,7 +142,7 @@ def test_seeds_of_episodes():
 
 @needs_package
 def test_time_limit_and_staggering(make):
-    """The very first episode alone is shorter; the limit is a truncation and nothing else."""
+    """Only the first episode is shorter; the limit only truncates."""
     env = make("9x9", first_episode_steps=5)
     env.reset(seed=0)
     ends = []
@@ -169,7 +169,7 @@ def test_gymnasium_is_content():
 
 @needs_package
 def test_frames_change_nothing(make):
-    """What is seen, drawn and moved is the same with frames between the steps; a frame shows what the agent sees."""
+    """Rendering between steps changes no observation and no random state; a frame shows what the agent sees."""
     actions = np.random.default_rng(0).integers(len(ACTIONS), size=15)
     plain, shown = make(), make(render_mode="rgb_array")
     expected = walk(plain, actions, seed=5)
@@ -190,7 +190,7 @@ def test_frames_change_nothing(make):
 
 @needs_package
 def test_in_workers(make):
-    """Another process sees the same; episodes end and begin there, each worker's at its own time."""
+    """Another process sees the same; each worker ends and begins episodes at its own time."""
     lengths = 4, 7
     envs = Workers([functools.partial(MemoryMaze, "9x9", first_episode_steps=n) for n in lengths])
     obs, _ = envs.reset(seed=[1, 2])
@@ -246,7 +246,7 @@ def test_without_opengl(monkeypatch):
 
 @needs_package
 def test_capitals_in_mujoco_gl(monkeypatch):
-    """MUJOCO_GL=EGL is as good as egl."""
+    """MUJOCO_GL=EGL works like egl."""
     name = choose_renderer()
     monkeypatch.delenv("MEMORY_MAZE_GL_WORKS")
     monkeypatch.setenv("MUJOCO_GL", name.upper())
@@ -254,7 +254,7 @@ def test_capitals_in_mujoco_gl(monkeypatch):
 
 
 def test_importing_is_cheap():
-    """Without the package, OpenGL, JAX or gym; playing needs the first two only."""
+    """Importing loads neither the package, OpenGL, JAX nor gym; playing loads only the first two."""
     script = """
 import sys
 import envs.memorymaze, envs.workers

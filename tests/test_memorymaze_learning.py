@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 # Small agents for the cue task. An episode's only reward comes with its last action, so with gamma 0 the advantages of
 # all other actions are nearly 0, and not noise. AGaLiTe needs several heads: with two of them and eta 2, the key of the
-# cue and the query often have no entry in common, and the seed stays at chance. With r 2 it sometimes forgets again.
+# cue and the query often share no entry, and the seed stays at chance. With r 2, it sometimes forgets again.
 PPO = {
     "num_channels": 4, "d_actor": 32, "d_critic": 32, "num_envs": 128, "num_steps": 8, "num_minibatches": 2,
     "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.0, "ent_coef": 0.06, "max_grad_norm": 5.0,
@@ -47,7 +47,7 @@ class Learning:
         return in_turn([make_env(self.args, index) for index in range(self.args.num_envs)])
 
     def success(self, seed: int, forgets: bool = False):
-        """Yields after each update the success of its episodes and those of the three updates before, about 1000."""
+        """Yields after each update the success of its episodes and those of the previous three, about 1000."""
         args, envs = dataclasses.replace(self.args, seed=seed), self.new_envs()
         train_state = self.init(jax.random.key(seed))
         train_state = train_state.replace(params=train_state.params | {"forgets": jnp.float32(forgets)})
@@ -69,7 +69,7 @@ class Learning:
 def test_learns_with_memory_and_only_with_it(name):
     """Both seeds learn the task; without memory the same agent stays at chance, which is 0.5.
 
-    `PYTHONPATH=. python tests/test_memorymaze_learning.py NAME 20`: all of 20 seeds reach 0.9 within the 120 updates,
+    `PYTHONPATH=. python tests/test_memorymaze_learning.py NAME 20`: all 20 seeds reach 0.9 within the 120 updates,
     LSTM after 9 to 12, GTrXL after 10 to 16, AGaLiTe after 12 to 30 (AMD EPYC, Zen 5, 2 s per seed); with
     XLA_FLAGS=--xla_cpu_max_isa=AVX2, AGaLiTe after 12 to 34, with SSE4_2 after 12 to 39.
     """
@@ -80,7 +80,7 @@ def test_learns_with_memory_and_only_with_it(name):
     assert without[-1] <= 0.6, "six standard deviations from chance"
 
 
-if __name__ == "__main__":  # with the name of a script and a number of seeds
+if __name__ == "__main__":  # with a script's name and a number of seeds
     learning = Learning(sys.argv[1])
     for seed in range(1, int(sys.argv[2]) + 1):
         print(f"seed {seed}: success 0.9 after update {learning.updates_to_learn(seed)}", flush=True)

@@ -1,6 +1,6 @@
-"""The scripts whose environments are processes: what their host loop does, in tests and from the command line.
+"""The scripts whose environments are processes: their host loop, in tests and from the command line.
 
-What is the same text in the other scripts (tests/test_sync.py) is tested there.
+Code that is the same text in the other scripts (tests/test_sync.py) is tested with them.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ from common import (
 from cue_maze import STEPS, in_turn, make_env
 from PIL import Image
 
-FIRST = ["ppo_agalite_memorymaze"]  # for what is the same text in all of them
+FIRST = ["ppo_agalite_memorymaze"]  # for code that is the same text in all of them
 SIZES = {"num_envs": 8, "num_steps": 18, "num_minibatches": 2, "total_timesteps": 10**4, "num_channels": 16}
 
 
@@ -64,9 +64,9 @@ def played_once(request):
 
 
 class Played:
-    """The second of two rollouts in a row, acted with random parameters in 8 cue tasks, and what led to it.
+    """The second of two consecutive rollouts with random parameters in 8 cue tasks, and what led to it.
 
-    Each two of the environments start with an episode of another length.
+    Each pair of environments starts with an episode of another length.
     """
 
     def __init__(self, script):
@@ -76,7 +76,7 @@ class Played:
         init = functools.partial(script.init_learner, self.args, self.envs, self.agent)
         self.train_state = quick_jit(init)(jax.random.key(1))
         self.params = random_params(self.train_state.params)
-        # Sums over residual blocks grow with each; twice as large they would close the gates behind.
+        # Sums over residual blocks grow with each; twice as large, they would close the gates that follow.
         self.params["params"]["encoder"] = jax.tree.map(lambda x: x / 2, self.params["params"]["encoder"])
         self.train_state = self.train_state.replace(params=self.params)
         self.act = quick_jit(functools.partial(script.act, self.agent))
@@ -92,7 +92,7 @@ class Played:
         return functools.partial(self.act, self.params, greedy)
 
     def errors(self, reset=None, memory=None) -> tuple[float, float]:
-        """-> largest deviation of a log-probability and of a value from those acted with."""
+        """-> largest deviation of log-probabilities and of values from those of the rollout."""
         taken = self.transitions
         reset, memory = taken.reset if reset is None else reset, self.memory if memory is None else memory
         logits, value, _ = self.apply(self.params, taken.obs, reset, memory)
@@ -101,10 +101,10 @@ class Played:
 
 
 def test_ratio_is_one_before_the_first_gradient_step(played):
-    """Log-probabilities and values recomputed over a rollout are those acted with, whatever the parameters."""
+    """Log-probabilities and values recomputed over a rollout equal those of acting, whatever the parameters."""
     reset = played.transitions.reset
     assert reset[0].any() and not reset[0].all() and reset[-1].any() and reset[1:-1].any()
-    assert max(np.abs(x).max() for x in jax.tree.leaves(float64(played.memory))) > 0.1, "with a memory"
+    assert max(np.abs(x).max() for x in jax.tree.leaves(float64(played.memory))) > 0.1, "the memory is not empty"
     assert np.std(played.transitions.value) > 0.02 and np.std(played.transitions.log_prob) > 0.02
     assert max(played.errors()) <= 1e-4
 
@@ -119,21 +119,21 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ratio_one_notices(played, fault):
-    """Each planted fault breaks ratio 1 by far, so the test above can fail."""
+    """Each planted fault moves the ratio far from 1, so the test above can fail."""
     assert min(played.errors(**FAULTS[fault](played))) > 1e-2
 
 
 def test_rollout_records_what_happened(played_once):
-    """Observations, ends, rewards and last values stand where they belong."""
+    """Observations, ends, rewards and last values are where they belong."""
     p = played_once
-    both = jax.tree.map(lambda *x: np.concatenate(x), p.first, p.transitions)  # (2T, 8, ...), one after the other
+    both = jax.tree.map(lambda *x: np.concatenate(x), p.first, p.transitions)  # (2T, 8, ...), one after another
     colour = both.obs[:, :, 0, 0] > 0  # (2T, 8, 3)
     white, cue = colour.all(-1), np.where(colour[..., 0], 0, 1)
     is_cue = colour.any(-1) & ~white
     expected_reset = np.concatenate([np.ones((1, 8), bool), both.done[:-1]])
     assert (both.reset == expected_reset).all() and (both.reset == is_cue).all()
     first_end = [int(np.argmax(both.done[:, i])) for i in range(8)]
-    assert first_end == [3, 3, 2, 2, 1, 1, 0, 0], "first episodes are shortened, each to another length"
+    assert first_end == [3, 3, 2, 2, 1, 1, 0, 0], "first episodes are shortened, to different lengths"
     for i in range(8):
         assert np.flatnonzero(both.done[:, i]).tolist() == list(range(first_end[i], len(both.done), STEPS))
         begin = 0
@@ -176,7 +176,7 @@ def test_what_is_learnt_from_a_rollout(played_once, monkeypatch):
 
 
 def test_an_update_learns_from_its_rollout(played_once):
-    """The memory is that at the start of the rollout; no random key serves twice, in this update or the next."""
+    """The memory is that at the start of the rollout; no random key is used twice, in this update or the next."""
     p, seen, keys = played_once, [], []
 
     def act(params, greedy, key, *current):
@@ -201,12 +201,12 @@ def test_an_update_learns_from_its_rollout(played_once):
         )
         assert outcomes["charts/episodic_length"] == STEPS
     words = [tuple(jax.random.key_data(key).tolist()) for key in keys]
-    last_value = p.args.num_steps  # its action is not used, so its key need not be another
+    last_value = p.args.num_steps  # its action is not used, so its key need not differ
     assert len(words) == 2 * (last_value + 2) and len(set(words)) == len(words)
 
 
 def test_acting_and_learning_are_lowered_for_a_gpu(played_once, monkeypatch):
-    """As test_ppo.py has it for an update."""
+    """Like the test of an update in test_ppo.py."""
     p = played_once
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     learn = functools.partial(p.script.learn_from, p.args)
@@ -219,7 +219,7 @@ def test_acting_and_learning_are_lowered_for_a_gpu(played_once, monkeypatch):
 
 
 def test_evaluation_plays_new_episodes(played_once):
-    """As many episodes as asked for, whole ones, and the same again with the same seed."""
+    """It plays as many whole episodes as requested, and with the same seed the same ones again."""
     p, results = played_once, []
     for seed in (1, 1, 2):
         args = dataclasses.replace(p.args, eval_episodes=19, seed=seed)
@@ -232,7 +232,7 @@ def test_evaluation_plays_new_episodes(played_once):
 @pytest.mark.parametrize("returns, shown", [([3.0], "1 episodes: episodic_return 3"), ([3.0, 5.0], "± 13")])
 @pytest.mark.parametrize("script", MEMORYMAZE)
 def test_one_episode_has_no_interval(script, returns, shown, tmp_path, capsys, monkeypatch):
-    """A report of one episode is its return alone, of two also Student's 95% interval: 3 and 5 are 4 ± 12.7."""
+    """A report of one episode shows only its return, of two also Student's 95% interval: 3 and 5 give 4 ± 12.7."""
     module, played = load(script), np.stack([returns, np.full(len(returns), 20.0)], 1)
     monkeypatch.setattr(module, "host_evaluate", lambda *_: played)
     module.host_report(None, None, None, lambda *_: None, None, tmp_path, None)
@@ -241,7 +241,7 @@ def test_one_episode_has_no_interval(script, returns, shown, tmp_path, capsys, m
 
 
 def test_greedy_is_the_most_probable_action(played_once):
-    """`act` with greedy; and the log-probability is that of the action, either way."""
+    """`act` with greedy takes it. The log-probability is that of the action either way."""
     p = played_once
     logits, value, _ = p.apply(p.params, p.middle[0][None], p.middle[1][None], p.memory)
     for greedy in (False, True):
@@ -252,7 +252,7 @@ def test_greedy_is_the_most_probable_action(played_once):
 
 
 def test_each_purpose_has_its_own_mazes(played_once):
-    """Seeds of environments: other ones for each run, update and evaluation, and no two equal."""
+    """Runs, updates and evaluations have different seeds of environments, and no two are equal."""
     seeds, p = [], played_once
 
     class Envs:
@@ -270,7 +270,7 @@ def test_each_purpose_has_its_own_mazes(played_once):
     "name, count", list(zip(("agalite", "gtrxl", "lstm"), (2_461_319, 2_302_919, 2_988_455), strict=True))
 )
 def test_parameters_at_full_size(name, count):
-    """The published sizes behind the encoder of IMPALA, which has 622,144 parameters for 64 x 64 pixels."""
+    """The published sizes after the encoder of IMPALA, which has 622,144 parameters for 64 x 64 pixels."""
     script = load(f"ppo_{name}_memorymaze")
     agent = script.ActorCritic(script.Args(), 6)
     obs = jnp.zeros((1, 1, 64, 64, 3), jnp.uint8)
@@ -283,8 +283,8 @@ def test_parameters_at_full_size(name, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MEMORYMAZE)
 def test_initial_parameters(name):
-    """Kernels of the encoder have variance 1 / inputs, which keeps its features small enough for an LSTM's gates; both
-    heads end with gain 0.01: all actions alike, values near 0. Biases are 0."""
+    """The encoder's kernels have variance 1 / inputs, which keeps features small enough for an LSTM's gates. Both heads
+    end with gain 0.01: actions are equally likely, values near 0. Biases are 0."""
     script, rng = load(name), np.random.default_rng(0)
     args = small_args(script, num_channels=16, d_actor=256, d_critic=256)  # the memory is small
     agent = script.ActorCritic(args, 6)
@@ -308,7 +308,7 @@ def test_initial_parameters(name):
 
 @pytest.mark.parametrize("name", FIRST)
 def test_encoder_is_made_of_convolutions(name):
-    """Its convolution and its pooling are what Flax calls SAME, values and gradients."""
+    """Its convolution and its pooling equal Flax's with padding SAME, in values and gradients."""
     script, rng = load(name), np.random.default_rng(0)
     kernel, bias, x = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((45, 7), 7, (2, 3, 8, 12, 5)))
 
@@ -328,7 +328,7 @@ def test_encoder_is_made_of_convolutions(name):
 
 @pytest.mark.parametrize("name", MEMORYMAZE)
 def test_learning_rate(name):
-    """Constant; or linear from update to update, and 1 / num_updates of it in the last."""
+    """It is constant, or falls linearly per update, to 1 / num_updates of it in the last."""
     args = small_args(load(name), **SIZES | {"total_timesteps": 5 * 8 * 18}, update_epochs=3)
     assert args.learning_rate_at(17) == args.learning_rate and args.num_updates == 5
     args = dataclasses.replace(args, anneal_lr=True)
@@ -338,16 +338,16 @@ def test_learning_rate(name):
 
 # --------------------------------------------------------------------------------------------------- The command line
 def children(pid: int) -> list[int]:
-    """The processes that a process has started and that have not ended."""
+    """The processes that a process has started and that still exist."""
     found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # that thread has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
             found += map(int, path.read_text().split())
     return found
 
 
 def workers_of(process) -> list[int]:
-    """Those of its children that play the environments."""
+    """The children that run the environments."""
     command = lambda pid: Path(f"/proc/{pid}/cmdline").read_bytes()
     return [pid for pid in children(process.pid) if b"spawn_main" in command(pid)]
 
@@ -358,7 +358,7 @@ def assert_gone(pids: list[int]):
 
 
 def begun(script, cwd, *flags, row=3, **options):
-    """A run in the middle, and its workers."""
+    """A run that is in progress, and its workers."""
     process = start(script, "--total-timesteps", 5000 * BATCH, *flags, cwd=cwd, **options)
     wait_for_row(process, cwd, row)
     pids = workers_of(process)
@@ -369,7 +369,7 @@ def begun(script, cwd, *flags, row=3, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", MEMORYMAZE)
 def test_run_leaves_what_it_promises(script, tmp_path):
-    """A run leaves metrics, checkpoints, curve, video and evaluation; the terminal shows how it went."""
+    """A run leaves metrics, checkpoints, curve, video and evaluation; the terminal shows progress and results."""
     out, err = run(script, "--total-timesteps", "400", "--capture-video", "--track", cwd=tmp_path)
     folder = folder_of(tmp_path)
     table = rows(folder)
@@ -400,7 +400,7 @@ def test_run_leaves_what_it_promises(script, tmp_path):
 @pytest.mark.parametrize("script", FIRST)
 def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
     """Parameters and optimizer are those of the checkpoint: two copies of a killed run, resumed separately, end with
-    the same bits, a little way from those saved. The killed run leaves no orphans."""
+    the same bits, close to those saved. The killed run leaves no orphans."""
     process, pids = begun(script, tmp_path, row=25)
     process.kill()
     finish(process, expect=-signal.SIGKILL)
@@ -430,7 +430,7 @@ def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_killed_worker_is_named(script, tmp_path):
-    """kill -9 of a worker ends the run with one sentence that names it and the way on, which works."""
+    """kill -9 of a worker ends the run with one sentence that names the worker and how to continue."""
     process, pids = begun(script, tmp_path, "--checkpoint-interval", 2)
     os.kill(pids[1], signal.SIGKILL)
     _, err = finish(process, expect=1)
@@ -445,7 +445,7 @@ def test_killed_worker_is_named(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
-    """Ctrl-C, which a terminal sends to all processes at once, ends the run after an update, saved."""
+    """Ctrl-C, which a terminal sends to all processes at once, ends the run after an update, which is saved."""
     process, pids = begun(script, tmp_path, start_new_session=True)
     os.killpg(process.pid, signal.SIGINT)
     out, err = finish(process, expect=128 + signal.SIGINT)
@@ -457,7 +457,7 @@ def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_devices_share_the_learning(script, tmp_path):
-    """Four virtual devices come to the parameters of one."""
+    """Four virtual devices give the parameters of one."""
     flags = "--total-timesteps", 2 * 2 * BATCH, "--num-envs", 8, "--no-norm-adv", "--adam-eps", "1e-5"
     flags += "--learning-rate", "3e-3"  # so that parameters move by far more than the difference allowed
     many = ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
@@ -467,7 +467,7 @@ def test_devices_share_the_learning(script, tmp_path):
         run(script, *flags, cwd=tmp_path / name, **options)
         folders.append(folder_of(tmp_path / name))
     assert_close(*map(checkpoint, folders), atol=1e-4)
-    for folder, count in zip(folders, (1, 4), strict=True):  # orbax keeps how many devices each array was on
+    for folder, count in zip(folders, (1, 4), strict=True):  # orbax saves how many devices each array was on
         shardings = json.loads((folder / "checkpoints" / "2" / "default" / "_sharding").read_text())
         assert {tuple(json.loads(x)["shape"]) for x in shardings.values()} == {(count,)}
 
@@ -487,6 +487,6 @@ REFUSED = [
 @pytest.mark.parametrize("script", MEMORYMAZE)
 @pytest.mark.parametrize("flags, value, rule", REFUSED)
 def test_impossible_arguments_are_refused(script, flags, value, rule, capsys):
-    """What cannot work is refused in a sentence with the value and the rule."""
+    """Impossible arguments are refused in a sentence with the value and the rule."""
     sentence = refusal(script, flags.split(), capsys)
     assert value in sentence and rule in sentence, sentence

@@ -1,4 +1,4 @@
-"""Mystery Path against recordings of Memory Gym (tests/record_mysterypath.py), its paths, and its frames."""
+"""Mystery Path against recordings of Memory Gym (tests/record_mysterypath.py); its paths and frames."""
 
 import re
 import sys
@@ -30,8 +30,8 @@ def load(name: str) -> dict:
 
 
 def recorded_draws(z: dict) -> Draws:
-    """The draws of a fixture as find_path takes them, with a leading axis; what it cannot need is -1."""
-    border = (z["border_choice"] + 0.5) / z["border_choices"]  # the middle of what becomes that choice
+    """The draws of a fixture in find_path's format, with a leading axis; what it does not need is -1."""
+    border = (z["border_choice"] + 0.5) / z["border_choices"]  # the middle of the interval of this choice
     whole = [z[name].astype(np.int32) for name in ("origin", "ends", "walls", "wall_count", "noise")]
     return Draws(*whole[:4], border.astype(np.float32), whole[4])
 
@@ -41,7 +41,7 @@ def tile(xy: np.ndarray) -> np.ndarray:
 
 
 def episodes(z: dict):
-    """-> for each recorded episode its number, its slice of what is there once a step, its slice of the pictures."""
+    """-> for each recorded episode its number, its slice of the data per step, its slice of the images."""
     ends = np.cumsum(z["length"], dtype=int)
     for i, (end, length) in enumerate(zip(ends, z["length"], strict=True)):
         yield i, slice(end - length, end), slice(end - length + i, end + i + 1)
@@ -65,7 +65,7 @@ def test_same_draws_give_the_same_path(name):
 
 @partial(jax.jit, static_argnums=0)
 def replay(env, params, route, actions):
-    """route (E, ...), actions (E, T) -> pictures (E, T + 1, ...), reward, done, truncated, success (E, T)."""
+    """route (E, ...), actions (E, T) -> images (E, T + 1, ...), reward, done, truncated, success (E, T)."""
 
     def episode(route, actions):
         first = env.begin(route)
@@ -82,7 +82,7 @@ def replay(env, params, route, actions):
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_episodes_equal_memory_gym(env_id):
-    """Every pixel, reward and end."""
+    """Every pixel, reward and end is the same."""
     z, env = load(env_id), MysteryPath(env_id)
     limit = 128 if "Grid" in env_id else 512
     assert env.default_params.max_episode_steps == limit
@@ -91,17 +91,17 @@ def test_episodes_equal_memory_gym(env_id):
         actions[i, : z["length"][i]] = z["action"][steps]
     route = Route(tile(z["start"]), tile(z["goal"]), z["path"].reshape(-1, 49))
 
-    batch = 15  # episodes at a time, so that their pictures fit into memory
+    batch = 15  # episodes at a time, so that their images fit into memory
     assert len(actions) % batch == 0
-    for i, steps, pictures in episodes(z):
+    for i, steps, images in episodes(z):
         if i % batch == 0:
             part = jax.tree.map(lambda x: x[i : i + batch], (route, actions))  # noqa: B023
             out = [np.asarray(x) for x in replay(env, env.default_params, *part)]
         n = z["length"][i]
         obs, reward, done, truncated, success = (x[i % batch] for x in out)
-        if pictures.stop <= len(z["pictures"]):
-            np.testing.assert_array_equal(obs[: n + 1], z["pictures"][pictures])
-        assert [zlib.crc32(picture) for picture in obs[: n + 1]] == z["crc"][pictures].tolist()
+        if images.stop <= len(z["pictures"]):
+            np.testing.assert_array_equal(obs[: n + 1], z["pictures"][images])
+        assert [zlib.crc32(image) for image in obs[: n + 1]] == z["crc"][images].tolist()
         np.testing.assert_array_equal(reward[:n], z["reward"][steps])
         np.testing.assert_array_equal(done[:n], z["done"][steps])
         assert success[n - 1] == z["success"][i] and not success[: n - 1].any()
@@ -112,7 +112,7 @@ def test_episodes_equal_memory_gym(env_id):
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_recordings_hold_every_event(env_id):
-    """Or the comparison above has seen less than it should."""
+    """Otherwise the comparison above would cover less than it should."""
     z, grid = load(env_id), "Grid" in env_id
     last = (128 if grid else 512) == z["length"]
     events = {
@@ -126,14 +126,14 @@ def test_recordings_hold_every_event(env_id):
     rotations = range(0, 8, 2) if grid else range(8)
     events |= {f"rotation {r}": (z["rotation"] == r).sum() for r in rotations}
     events |= {f"action {a}": (z["action"] == a).sum() for a in range(4 if grid else 9)}
-    if env_id != "MysteryPath-Grid-v0":  # which pays the goal alone
+    if env_id != "MysteryPath-Grid-v0":  # which rewards only the goal
         events["progress"] = (z["reward"] == np.float32(0.1)).sum()
     assert min(events.values()) >= 10, events
     assert last[~z["success"]].all()
     assert {*np.unique(z["start"]), *np.unique(z["goal"])} == set(range(7))
     first = z["pictures"][0]
-    for channel, xy in ((2, z["start"][0]), (1, z["goal"][0])):  # blue and green tiles, where they are shown
-        x, y = 12 * xy + 11  # a corner that the agent leaves free
+    for channel, xy in ((2, z["start"][0]), (1, z["goal"][0])):  # blue and green tiles, if they are shown
+        x, y = 12 * xy + 11  # a corner that the agent does not cover
         assert (first[x, y] == np.eye(3)[channel] * 255 * ("Easy" in env_id)).all()
 
 
@@ -165,7 +165,7 @@ def chi_square_p(statistic: float, degrees: int) -> float:
 
 
 def two_sample_p(ours, theirs) -> float:
-    """Chance of counts that differ as much, were both drawn alike. Cells with few counts are put together."""
+    """Chance of counts that differ as much, if both have the same distribution. Cells with few counts are merged."""
     few = ours + theirs < 20
     a, b = (np.append(counts[~few], counts[few].sum()).astype(float) for counts in (ours, theirs))
     a, b = a[a + b > 0], b[a + b > 0]
@@ -193,7 +193,7 @@ def test_paths_lead_from_start_to_the_opposite_border():
     inner = path[:, 1:-1, 1:-1]
     reached = np.zeros_like(path)
     reached[np.arange(NUM_PATHS), x + 1, y + 1] = True
-    for _ in range(inner.sum((1, 2)).max()):  # spreads over the path, a tile further each time
+    for _ in range(inner.sum((1, 2)).max()):  # spreads over the path, one tile further each time
         near = reached[:, 2:, 1:-1] | reached[:, :-2, 1:-1] | reached[:, 1:-1, 2:] | reached[:, 1:-1, :-2]
         reached[:, 1:-1, 1:-1] |= near & inner
     np.testing.assert_array_equal(reached, path)
@@ -211,7 +211,7 @@ def test_unknown_environments(env_id):
 
 
 def test_environments_are_the_published_ones():
-    """Time limits are Memory Gym's; only the Easy variants show the ends, and the bare grid pays for no progress."""
+    """Time limits are Memory Gym's; only Easy variants show start and goal; the plain grid rewards no progress."""
     assert ENVIRONMENTS == {
         "MysteryPath-Grid-Easy-v0": (128, 0.1, True, True),
         "MysteryPath-Easy-v0": (512, 0.1, True, True),
@@ -233,29 +233,29 @@ def test_spaces(env_id):
 
 @pytest.mark.parametrize("env_id", ["MysteryPath-Grid-Easy-v0", "MysteryPath-v0"])
 def test_jit_and_vmap_change_nothing(env_id):
-    """One environment, call after call, against one scan of a batch."""
+    """Calls of one environment equal one scan of a batch."""
     env = MysteryPath(env_id)
     params, keys = env.default_params, jax.random.split(jax.random.key(1), 2)
     batch_obs, batch = quick_jit(jax.vmap(env.reset, (0, None)))(keys, params)
     actions = np.random.default_rng(0).integers(4, size=(2, 6))
-    pictures, *rest = quick_jit(replay.__wrapped__, static_argnums=0)(env, params, batch.route, actions)
-    np.testing.assert_array_equal(batch_obs, pictures[:, 0])
+    images, *rest = quick_jit(replay.__wrapped__, static_argnums=0)(env, params, batch.route, actions)
+    np.testing.assert_array_equal(batch_obs, images[:, 0])
     assert not np.array_equal(batch_obs[0], batch_obs[1])
     reset, step = quick_jit(env.reset), quick_jit(env.step)
     for i in range(2):
         obs, state = reset(keys[i], params)
-        np.testing.assert_array_equal(obs, pictures[i, 0])
+        np.testing.assert_array_equal(obs, images[i, 0])
         for t in range(6):
             obs, state, reward, done, info = step(None, state, actions[i, t], params)
             single = (obs, reward, done, info["truncated"], info["success"])
-            for a, b in zip(single, (pictures[:, 1:], *rest), strict=True):
+            for a, b in zip(single, (images[:, 1:], *rest), strict=True):
                 np.testing.assert_array_equal(a, b[i, t])
     shapes = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert shapes(state) == shapes(reset(keys[0], params)[1])  # as scan needs it
 
 
 def test_each_key_has_an_episode_of_its_own():
-    """And the same key the same; nothing is left of an episode before."""
+    """The same key gives the same episode; nothing is left of an earlier one."""
     env = MysteryPath()
     reset = quick_jit(jax.vmap(env.reset, (0, None)))
     keys = jax.random.split(jax.random.key(2), 64)
@@ -272,7 +272,7 @@ OUTCOME = (470, 0, 640, 38)
 
 
 def straight_path(env, steps: int = 0):
-    """-> state after that many steps of an episode whose path goes straight down in column 2."""
+    """-> state after `steps` steps of an episode whose path goes straight down in column 2."""
     path = np.zeros((7, 7), bool)
     path[2] = True
     state = env.begin(Route(jnp.int32(14), jnp.int32(20), jnp.asarray(path.ravel())))
@@ -290,7 +290,7 @@ def differ(a, b, area) -> bool:
 
 
 def count(image, colour: str, area) -> int:
-    """-> how many pixels of the area have the colour, but for what smoothing changes."""
+    """-> the number of pixels of the area that have the colour, up to smoothing."""
     rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return int((np.abs(np.asarray(image.crop(area)).astype(int) - rgb).max(-1) <= 8).sum())
 
@@ -302,7 +302,7 @@ def frame(state, **shown):
 def test_frames_show_the_path_and_the_agents_view():
     image = frame(straight_path(ENV), action=FORWARD, probabilities=np.full(4, 0.25), reward=0.1)
     assert (image.mode, image.size) == ("RGB", (640, 240))
-    # Five tiles of 24 x 24 between start and goal, upright: down is down, in the path as in the view.
+    # Five tiles of 24 x 24 between start and goal, upright: down is down, in the path and in the view.
     assert count(image, mysterypath.PATH, (68, 68, 92, 188)) >= 5 * 20**2
     assert count(image, mysterypath.GOAL, (68, 188, 92, 212)) > 20**2
     assert count(image, "#00ff00", (256, 188, 280, 212)) == 24**2
@@ -362,7 +362,7 @@ def test_frames_show_a_fall():
 
 
 def test_oracle_needs_no_second_fall_on_a_tile():
-    """It reaches the goal in all episodes and falls on each tile once at most: what it has seen, it remembers."""
+    """It reaches the goal in all episodes and falls on each tile at most once: it remembers what it has seen."""
     params = ENV.default_params
     play_step = quick_jit(lambda seen, state: ENV.step(None, state, oracle(seen, state), params))
     for seed in range(5):
@@ -379,7 +379,7 @@ def test_oracle_needs_no_second_fall_on_a_tile():
 
 @pytest.mark.slow
 def test_agent_learns_to_imitate_the_oracle():
-    """Ten updates bring the cross-entropy down from that of four actions alike, log 4 = 1.39; their steps add up."""
+    """Ten updates reduce the cross-entropy from that of four equal actions, log 4 = 1.39; their steps add up."""
     script = import_script("ppo_agalite_mysterypath")
     args = small_args(script, num_envs=16, num_minibatches=4, num_steps=32, total_timesteps=5120, learning_rate=3e-3)
     steps, cross_entropy, returns, success = zip(*imitate(script, args), strict=True)

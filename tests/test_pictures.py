@@ -1,4 +1,4 @@
-"""What agents that see images add: the encoder's convolutions, and images that stay bytes until they reach it."""
+"""Agents that see images: the encoder's convolutions, and images that stay bytes until they reach it."""
 
 from unittest import mock
 
@@ -24,7 +24,7 @@ def test_patches_times_a_kernel_is_a_convolution(size, stride):
 
 
 def test_encoder_scales_images_and_has_the_published_sizes():
-    """0 .. 255 becomes 0 .. 1 before the first product; kernels are those of Mnih et al., 8x8x3x32 and so on."""
+    """Pixels become 0 .. 1 before the first product; kernels have the shapes of Mnih et al., 8x8x3x32 and so on."""
     obs = np.random.default_rng(0).integers(0, 256, (2, 1, 84, 84, 3), np.uint8)
     encoder = script.ConvEncoder()
     params = jax.eval_shape(encoder.init, jax.random.key(0), obs)["params"]
@@ -36,7 +36,7 @@ def test_encoder_scales_images_and_has_the_published_sizes():
     kernels = [params["params"][f"Dense_{i}"]["kernel"] for i in range(3)]
     x = np.float32(obs) / 255
     for kernel, (size, stride) in zip(kernels, ((8, 4), (4, 2), (3, 1)), strict=True):
-        x = nn.relu(script.patches(x, size, stride) @ kernel)  # biases are 0 at first
+        x = nn.relu(script.patches(x, size, stride) @ kernel)  # biases are initially 0
     np.testing.assert_allclose(features.ravel(), x.ravel(), atol=1e-4)
 
 
@@ -60,7 +60,7 @@ def test_encode_tiles_is_one_convolution_without_overlap(name):
     "name", [name for name in MYSTERYPATH + MEMORYMAZE if hasattr(load(name).Args, "num_channels")]
 )
 def test_num_channels_is_the_first_convolution_and_half_of_the_others(name):
-    """As published by default, 32, 64, 64 and IMPALA's 16, 32, 32; so many of the agent's encoder where told."""
+    """Defaults are the published 32, 64, 64 and IMPALA's 16, 32, 32; the flag changes the agent's encoder."""
     script = load(name)
     size, blocks = (84, 1) if name in MYSTERYPATH else (64, 5)  # IMPALA's three stages have five convolutions each
 
@@ -79,7 +79,7 @@ def test_num_channels_is_the_first_convolution_and_half_of_the_others(name):
 @pytest.mark.parametrize("T, B, steps", slow_but([(6, 3, 2), (16, 1, 8), (3, 16, 1)], [(6, 3, 2)]))
 @pytest.mark.parametrize("name", ["ppo_agalite_mysterypath", "ppo_agalite_memorymaze"])
 def test_pieces_change_no_number_and_are_for_a_cpu_only(name, T, B, steps):
-    """in_pieces is the encoder, values and gradients, so many steps at once; a GPU gets all images at once."""
+    """in_pieces equals the encoder in values and gradients, `steps` steps at once; a GPU gets all images at once."""
     script = load(name)
     encoder, size = (script.ConvEncoder, 36) if name in MYSTERYPATH else (script.ImpalaEncoder, 16)
 
@@ -89,7 +89,7 @@ def test_pieces_change_no_number_and_are_for_a_cpu_only(name, T, B, steps):
             return script.in_pieces(encoder(name="encoder"), obs)
 
     def values_and_gradients(backend):
-        """-> both, as compiled for a CPU while the script thinks that it runs on that backend, and their jaxpr."""
+        """-> both, compiled for a CPU while the script assumes this backend, and their jaxpr."""
         loss = lambda params, obs: (jnp.square(x := InPieces().apply(params, obs)).sum(), x)
         function = jax.grad(loss, has_aux=True)
         with mock.patch("jax.default_backend", lambda: backend):
@@ -119,6 +119,6 @@ def test_a_rollout_keeps_bytes(name):
 
 @pytest.mark.parametrize("name, count", [("ppo_agalite_mysterypath", 2_283_237), ("ppo_gtrxl_mysterypath", 2_124_837)])
 def test_parameters_of_the_published_agents(name, count):
-    """At the default sizes, which are the published ones."""
+    """The default sizes, which are the published ones, give this count."""
     script = load(name)
     assert count_parameters(script, script.Args(num_envs=8, num_minibatches=1)) == count

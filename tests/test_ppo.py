@@ -55,7 +55,7 @@ def script(request):
 
 # ------------------------------------------------------------------------------------------------------------ Ratio 1
 class Played:
-    """The second of two rollouts in a row, acted with random parameters, and a way to recompute it."""
+    """The second of two consecutive rollouts with random parameters, and a way to recompute it."""
 
     def __init__(self, script):
         # 48 steps are three chunks of 16 and longer than a window of 5; episodes of 4 to 7 steps end everywhere.
@@ -63,7 +63,7 @@ class Played:
         self.env, self.agent = build(script, self.args)
         runner = quick_jit(functools.partial(script.init, self.args, self.env, self.agent))(jax.random.key(1))
         self.params = random_params(runner.train_state.params)
-        # Compiled as in a real run: rounding in acting and in learning is what this compares.
+        # Compiled as in a real run: this compares rounding in acting and in learning.
         rollout = jax.jit(functools.partial(script.rollout, self.args, self.env))
         runner, *_ = rollout(stagger(with_params(runner, self.params)), jax.random.key(2))
         self.memory = runner.memory
@@ -71,7 +71,7 @@ class Played:
         self.apply = jax.jit(self.agent.apply)
 
     def deviations(self, obs=None, reset=None, memory=None) -> np.ndarray:
-        """-> how far log-probabilities and values are from those acted with, (2, T, B)."""
+        """-> deviations of log-probabilities and values from those of the rollout, (2, T, B)."""
         obs = self.transitions.obs if obs is None else obs
         reset = self.transitions.reset if reset is None else reset
         memory = self.memory if memory is None else memory
@@ -80,7 +80,7 @@ class Played:
         return np.abs([log_prob - self.transitions.log_prob, value - self.transitions.value])
 
     def errors(self, **changes) -> list[float]:
-        """-> the largest deviation of a log-probability and of a value."""
+        """-> the largest deviations of log-probabilities and of values."""
         return self.deviations(**changes).max((1, 2)).tolist()
 
 
@@ -95,16 +95,16 @@ def played(request):
 
 
 def test_ratio_is_one_before_the_first_gradient_step(played):
-    """Log-probabilities and values recomputed over a rollout are those acted with, whatever the parameters."""
+    """Log-probabilities and values recomputed over a rollout equal those of acting, whatever the parameters."""
     reset = np.asarray(played.transitions.reset)
     assert reset[0].any() and reset[-1].any() and reset[1:-1].any(), "resets at step 0, in the middle and at T-1"
-    assert not reset[0].all(), "some begin in mid-episode"
-    assert max(np.abs(x).max() for x in jax.tree.leaves(float64(played.memory))) > 0.1, "with a memory"
+    assert not reset[0].all(), "some start in mid-episode"
+    assert max(np.abs(x).max() for x in jax.tree.leaves(float64(played.memory))) > 0.1, "the memory is not empty"
     logits, *_ = played.apply(played.params, played.transitions.obs, reset, played.memory)
-    assert np.abs(logits - logits.mean(-1, keepdims=True)).mean() > 0.2, "with a policy far from uniform"
+    assert np.abs(logits - logits.mean(-1, keepdims=True)).mean() > 0.2, "the policy is far from uniform"
     assert np.std(played.transitions.value) > 0.1
-    # Linear attention divides by norm . q. Where that is nearly 0, rounding errors grow: with SSE4.2 a few of the 1536
-    # steps of Craftax exceed 1e-4. The other memories divide by nothing of the kind.
+    # Linear attention divides by norm . q. If that is nearly 0, rounding errors grow: with SSE4.2, a few of the 1536
+    # steps of Craftax exceed 1e-4. The other memories have no such division.
     allowed = 1e-3 if "galite" in played.script.__name__ else 1e-4  # AGaLiTe and GaLiTe
     assert np.quantile(played.deviations(), 0.99) <= 1e-4 and max(played.errors()) <= allowed
 
@@ -124,14 +124,14 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ratio_one_notices(played, fault):
-    """Each planted fault breaks ratio 1 by far, so the test above can fail."""
+    """Each planted fault moves the ratio far from 1, so the test above can fail."""
     assert min(played.errors(**FAULTS[fault](played))) > 1e-2
 
 
 # ---------------------------------------------------------------------------------------------------------- Advantages
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
 def test_gae_with_ends_in_every_place(script, gae_lambda):
-    """Advantages are the discounted sums of their definition, for all 2^5 ways in which five steps can hold ends."""
+    """Advantages are the discounted sums of their definition, for all 2^5 patterns of ends in five steps."""
     T, gamma = 5, 0.9
     done = np.array(list(itertools.product([False, True], repeat=T))).T  # (T, 32)
     rng = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def test_gae_with_ends_in_every_place(script, gae_lambda):
     for b in range(done.shape[1]):
         for t in range(T):
             weight = 1.0
-            for k in range(t, T):  # the errors of this episode from t on
+            for k in range(t, T):  # the errors of this episode from t onwards
                 bootstrap = 0.0 if done[k, b] else gamma * next_value[k, b]
                 expected[t, b] += weight * (reward[k, b] + bootstrap - value[k, b])
                 if done[k, b]:
@@ -155,8 +155,8 @@ def test_gae_with_ends_in_every_place(script, gae_lambda):
 
 
 def test_what_is_learnt_from_a_rollout(script, monkeypatch):
-    """`update` learns from the rollout's own transitions and start memory, advantages of gae_lambda, and for the value
-    returns of critic_lambda; it reports how much of these the values explain, and how the episodes ended."""
+    """`update` learns from the rollout's transitions and first memory, advantages of gae_lambda, and value targets of
+    critic_lambda. It reports how much of the targets the values explain, and how the episodes ended."""
     args = small_args(script, gae_lambda=0.7, critic_lambda=0.9)
     env, agent = build(script, args)
     seen, original = {}, script.rollout
@@ -195,7 +195,7 @@ def test_what_is_learnt_from_a_rollout(script, monkeypatch):
 def test_no_bootstrap_at_a_time_limit(played):
     """A time limit counts as an end: its advantage is the reward minus the value, and the next step is a reset."""
     truncated = np.asarray(played.infos["truncated"])
-    both = played.script.__name__ not in MYSTERYPATH  # its goal is further than the few steps of these episodes
+    both = played.script.__name__ not in MYSTERYPATH  # its goal is too far for these short episodes
     assert 0 < truncated.sum() <= played.transitions.done.sum() - both, "both kinds of ends"
     advantage = played.script.compute_gae(played.transitions, played.last_value, 0.99, 0.95)
     alone = np.asarray(played.transitions.reward - played.transitions.value)
@@ -209,12 +209,12 @@ def test_no_bootstrap_at_a_time_limit(played):
 
 # ---------------------------------------------------------------------------------------------------------------- Loss
 def table(params, obs, reset, memory):
-    """A policy whose logits and values are parameters themselves, (T, B, ...): all that is left to test is the loss."""
+    """A policy whose parameters are its logits and values, (T, B, ...), so that only the loss is tested."""
     return params["logits"], params["value"], memory
 
 
 def numpy_loss(args, logits, value, batch, advantage, target):
-    """The loss as in the paper of PPO, by loops over single steps, in float64."""
+    """The loss of the PPO paper, by loops over single steps, in float64."""
     T, B = batch.action.shape
     if args.norm_adv:
         mean = sum(advantage.flat) / advantage.size
@@ -244,7 +244,7 @@ def numpy_loss(args, logits, value, batch, advantage, target):
 @pytest.mark.parametrize("clip_vloss", [False, True])
 @pytest.mark.parametrize("norm_adv", [False, True])
 def test_ppo_loss(script, clip_vloss, norm_adv):
-    """The loss, what it reports and its derivative are those of a float64 loop, on either side of every clip."""
+    """The loss, its metrics and its derivative equal those of a float64 loop, on either side of every clip."""
     args = small_args(script, clip_vloss=clip_vloss, norm_adv=norm_adv, ent_coef=0.3, vf_coef=0.7, clip_coef=0.2)
     rng = np.random.default_rng(0)
     T, B, actions = 6, 4, 3
@@ -301,7 +301,7 @@ def test_loss_of_the_rollout_itself(played):
 
 # ---------------------------------------------------------------------------------------------------------------- Keys
 class UniformAgent:
-    """Logits 0 whatever comes: its actions are the sampling noise and nothing else."""
+    """Its logits are always 0, so its actions are the sampling noise and nothing else."""
 
     def initial_memory(self, B: int):
         return ()
@@ -314,8 +314,8 @@ class UniformAgent:
 
 
 class KeyLog:
-    """An environment that keeps the key and the actions of every step in its state, hands the key of every refresh to
-    `note`, and otherwise passes on."""
+    """Keeps the key and the actions of every step in its state, passes the key of every refresh to `note`, and changes
+    nothing else of the environment."""
 
     def __init__(self, env, steps: int, note):
         self.env, self.steps, self.note = env, steps, note
@@ -379,10 +379,10 @@ def test_noise_differs_from_update_to_update(script, monkeypatch):
     everything = np.concatenate([np.stack([*keys.values(), *refresh_keys]), env_keys])
     assert len(np.unique(everything, axis=0)) == len(everything) == len(keys) + updates * (1 + args.num_steps)
 
-    # 32 actions out of four: chance makes two equal steps with probability 4^-32.
+    # 32 actions out of four: two steps are equal by chance with probability 4^-32.
     assert len(np.unique(actions, axis=0)) == len(actions)
     assert np.abs(np.bincount(np.ravel(actions), minlength=4) / actions.size - 0.25).max() < 0.05
-    # Nor do actions share their noise with the environment's step, or with any key noted.
+    # Nor do actions share their noise with the environment's step, or with any recorded key.
     sample = quick_jit(jax.vmap(lambda key: jax.random.categorical(key, jnp.zeros((args.num_envs, 4)))))
     of_keys = np.asarray(sample(jax.random.wrap_key_data(everything)))
     assert not (of_keys[:, None] == actions).all(-1).any()
@@ -390,8 +390,7 @@ def test_noise_differs_from_update_to_update(script, monkeypatch):
 
 @pytest.mark.parametrize("name", TMAZE)
 def test_the_critic_foresees_the_time_limit(name):
-    """On the T-Maze the value is the critic's output times 1 - gamma^n, n being the number of steps left, which nothing
-    else sees."""
+    """On the T-Maze, the value is the critic's output times 1 - gamma^n with n steps left, and nothing else sees n."""
     played, transitions = played_by(name), played_by(name).transitions
     obs, reset = np.asarray(transitions.obs), np.asarray(transitions.reset)
     left = obs[..., 4]
@@ -426,7 +425,7 @@ def test_the_policy_adds_the_noise_it_observes(name):
 
 
 def test_minibatch_keys_differ(script, monkeypatch):
-    """Every epoch of every update shuffles again: the orders of six epochs in two updates are six different ones."""
+    """Every epoch of every update shuffles again: six epochs in two updates have six different orders."""
     args = small_args(script, num_envs=16, num_minibatches=4, update_epochs=3)
     orders = [record_minibatches(script, args, jax.random.key(seed), monkeypatch) for seed in (1, 2)]
     epochs = np.concatenate([np.array([env for env, *_ in order]).reshape(3, -1) for order in orders])
@@ -436,8 +435,8 @@ def test_minibatch_keys_differ(script, monkeypatch):
 # --------------------------------------------------------------------------------------------- Optimizer, learning rate
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_learning_rate_ends_where_it_should(name):
-    """Annealed: it falls in a straight line from update to update, to 0 just as training ends, and never below.
-    Otherwise it is constant."""
+    """If annealed, it falls linearly per update, to 0 exactly when training ends, and never below. Otherwise it is
+    constant."""
     script = load(name)
     annealed = small_args(script, learning_rate=3e-3, anneal_lr=True)
     per_update = annealed.update_epochs * annealed.num_minibatches
@@ -452,7 +451,7 @@ def test_learning_rate_ends_where_it_should(name):
 
 
 class LineAgent:
-    """Two parameters, and nothing that a loss could use: for tests that put a loss of their own in place."""
+    """Two parameters, and nothing that a loss could use: for tests that replace the loss."""
 
     def initial_memory(self, B: int):
         return {"of": jnp.arange(B, dtype=jnp.float32)}
@@ -476,8 +475,8 @@ def train_state_of(script, args):
 
 
 def fake_batch(script, args):
-    """-> batch and memory in which everything is the number of its environment, (T, B) or (B,), advantages are greater
-    by 100 and targets by 200."""
+    """-> batch, memory. Every value is the number of its environment, (T, B) or (B,); advantages are greater by 100,
+    targets by 200."""
     environment = jnp.tile(np.arange(args.num_envs, dtype=np.float32), (args.num_steps, 1))
     transitions = script.Transition(**{name: environment for name in script.Transition._fields})
     return (transitions, environment + 100.0, environment + 200.0), {"of": environment[0]}
@@ -485,8 +484,8 @@ def fake_batch(script, args):
 
 @pytest.mark.parametrize("anneal_lr", [True, False])
 def test_learning_rate_is_the_step_size(script, monkeypatch, anneal_lr):
-    """Each step of Adam moves a parameter by the learning rate of that step, in the direction against the gradient. An
-    update makes update_epochs * num_minibatches of them."""
+    """Each step of Adam moves a parameter by the learning rate of that step, against the gradient. An update makes
+    update_epochs * num_minibatches steps."""
     monkeypatch.setattr(script, "ppo_loss", line_loss)
     args = small_args(script, learning_rate=1e-2, anneal_lr=anneal_lr, num_minibatches=4, update_epochs=3)
     batch, memory = fake_batch(script, args)
@@ -504,7 +503,7 @@ def test_learning_rate_is_the_step_size(script, monkeypatch, anneal_lr):
 
 
 def test_gradients_are_clipped(script):
-    """Adam gets gradients of norm max_grad_norm at most, small ones as they are."""
+    """Adam gets gradients of norm max_grad_norm at most; small ones are unchanged."""
     optimizer = train_state_of(script, small_args(script, max_grad_norm=0.5)).tx
     for gradient, expected in (([3.0, 4.0], [0.3, 0.4]), ([0.03, 0.04], [0.03, 0.04])):
         state = optimizer.update(jnp.array(gradient), optimizer.init(jnp.zeros(2)))[1]
@@ -515,7 +514,7 @@ def test_gradients_are_clipped(script):
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
 def test_the_optimizer_is_an_ordinary_optax_chain(script, monkeypatch, name):
-    """If you write optax.adamw, or another one, in Adam's place, then a step is what that optimizer does."""
+    """If optax.adamw, or another optimizer, replaces Adam, then a step is what that optimizer does."""
     chosen = {
         "adamw": lambda rate, eps: optax.adamw(rate, eps=eps, weight_decay=10.0),
         "sgd": lambda rate, eps: optax.sgd(rate),
@@ -533,7 +532,7 @@ def test_the_optimizer_is_an_ordinary_optax_chain(script, monkeypatch, name):
 
 @pytest.mark.slow
 def test_another_optimizer_trains(script, monkeypatch):
-    """With AdamW in Adam's place the loss of the real agent on one rollout falls."""
+    """With AdamW instead of Adam, the real agent's loss on one rollout falls."""
     monkeypatch.setattr(script.optax, "adam", optax.adamw)
     args = tiny_args(script, learning_rate=1e-3, anneal_lr=False)
     env, agent = build(script, args)
@@ -550,7 +549,7 @@ def test_another_optimizer_trains(script, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------- Flags
 def unread_fields(source: str) -> set[str]:
-    """Fields of Args that nothing reads as args.x or self.x; to check a field (__post_init__) is not to read it."""
+    """Fields of Args that nothing reads as args.x or self.x; checking a field (__post_init__) is not reading."""
     tree = ast.parse(source)
     cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
     fields = {node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)}
@@ -566,7 +565,7 @@ def unread_fields(source: str) -> set[str]:
 
 @pytest.mark.parametrize("name", SCRIPTS + MEMORYMAZE)
 def test_every_flag_is_read(name):
-    """No field of Args is only accepted: each is read somewhere in the script."""
+    """Each field of Args is read somewhere in the script."""
     assert unread_fields(inspect.getsource(load(name))) == set()
 
 
@@ -596,8 +595,8 @@ def f(args, other):
 
 # --------------------------------------------------------------------------------------------------------- Minibatches
 def record_minibatches(script, args, key, monkeypatch) -> list[tuple]:
-    """Runs learn with a loss that only notes what it is given -> environments of rollouts, advantages, targets, memory
-    of each minibatch, in order."""
+    """Runs learn with a loss that only records its inputs -> environments of rollouts, advantages, targets, memory of
+    each minibatch, in order."""
     seen = []
 
     def ppo_loss(params, args, apply_fn, memory, batch, advantage, target):
@@ -617,8 +616,8 @@ def record_minibatches(script, args, key, monkeypatch) -> list[tuple]:
 
 
 def test_each_epoch_visits_each_environment_once(script, monkeypatch):
-    """A minibatch is whole rollouts with their own advantages, targets and memories, one from each block of M
-    neighbours; an epoch takes every environment exactly once; epochs differ in their order."""
+    """A minibatch is whole rollouts with their advantages, targets and memories, one from each block of M neighbours.
+    An epoch uses every environment exactly once; epochs differ in their order."""
     args = small_args(script, num_envs=16, num_minibatches=4, update_epochs=3)
     G, M = 4, 4  # four blocks of four neighbours
     seen = record_minibatches(script, args, jax.random.key(0), monkeypatch)
@@ -633,11 +632,11 @@ def test_each_epoch_visits_each_environment_once(script, monkeypatch):
     assert all(sorted(epoch) == list(range(args.num_envs)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
     blocks = np.array(epochs[0]).reshape(M, G).T % M  # the order within each block
-    assert len(np.unique(blocks, axis=0)) > 1, "each block is shuffled on its own"
+    assert len(np.unique(blocks, axis=0)) > 1, "each block is shuffled separately"
 
 
 # ---------------------------------------------------------------------------------------------------- Seeds and devices
-# Otherwise Adam and the normalisation blow up the rounding of gradients and advantages that are nearly nothing.
+# Otherwise Adam and the normalisation scale up the rounding errors of tiny gradients and advantages.
 EXACT = {"adam_eps": 1e-3, "norm_adv": False}
 
 
@@ -650,7 +649,7 @@ def single_runs(script):
 
 @pytest.mark.slow
 def test_update_is_pure(single_runs):
-    """The same state twice gives the same bits twice, and the state given stays as it was."""
+    """The same state gives the same bits twice, and the state itself does not change."""
     init, update = single_runs
     runner, *_ = update(init(jax.random.key(1)))
     before = jax.tree.map(lambda x: np.array(data(x)), runner)
@@ -681,7 +680,7 @@ class LaterEpisodes:
 @pytest.mark.parametrize("name", FIRST)
 @pytest.mark.parametrize("greedy", [False, True])
 def test_an_evaluation_counts_first_episodes(name, greedy):
-    """The first of each environment and no later one, with actions sampled or the most probable."""
+    """It counts the first episode of each environment and no later one, with sampled or most probable actions."""
     agent = mock.Mock(initial_memory=lambda B: jnp.zeros((B, 1)))
     agent.apply = lambda logits, obs, reset, memory: (jnp.broadcast_to(logits, (1, 64, 2)), None, memory)
     logits = jnp.array([0.0, 0.1])
@@ -692,7 +691,7 @@ def test_an_evaluation_counts_first_episodes(name, greedy):
 
 @pytest.mark.slow
 def test_seeds_together_equal_seeds_alone(script, single_runs):
-    """After two updates the runs of seeds 3, 4 and 5 in one vmap are those of each seed alone."""
+    """After two updates, seeds 3, 4 and 5 in one vmap equal each seed alone."""
     args = tiny_args(script, seed=3, num_seeds=3, **EXACT)
     init, update = (quick_jit(jax.vmap(f)) for f in bind(script, args))
     together, *metrics = update(update(init(seed_keys(args)))[0])
@@ -710,7 +709,7 @@ def test_seeds_together_equal_seeds_alone(script, single_runs):
 
 @pytest.mark.parametrize("name", slow_but(SCRIPTS, QUICK))
 def test_an_update_is_lowered_for_a_gpu(name, monkeypatch):
-    """Without one at hand: an update lowers for CUDA, by the path that a GPU takes, and calls no library of a CPU."""
+    """Without a GPU: an update lowers for CUDA, by the path that a GPU takes, and calls no CPU library."""
     script = load(name)
     init, update = bind(script, tiny_args(script))
     runner = jax.eval_shape(init, jax.random.key(0))
@@ -721,8 +720,8 @@ def test_an_update_is_lowered_for_a_gpu(name, monkeypatch):
 
 @pytest.mark.parametrize("name", slow_but(SCRIPTS, ["ppo_galite_tmaze"]))
 def test_initial_kernels_are_drawn_one_by_one(name):
-    """No batch of QR decompositions: jaxlib 0.10 spreads it over the threads that compute. If all of these wait for
-    such batches, none is left, and a run hangs before its first update."""
+    """There is no batch of QR decompositions: jaxlib 0.10 spreads it over the compute threads. If all of these wait for
+    such batches, a run hangs before its first update."""
     script = load(name)
     init, _ = bind(script, tiny_args(script))
     program = jax.export.export(jax.jit(init), platforms=["cpu"])(jax.random.key(0)).mlir_module()
@@ -733,9 +732,9 @@ def test_initial_kernels_are_drawn_one_by_one(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_four_devices_equal_one(name):
-    """After two updates four devices give what one gives, with one seed (environments spread) and, in the first script,
-    with four (seeds spread); what they exchange in an update is at most the size of a gradient. No device makes the
-    worlds of Craftax that another one needs."""
+    """After two updates, four devices equal one, with one seed (environments spread) and, in the first script, with
+    four (seeds spread). Per update, they exchange at most the size of a gradient. No device makes the worlds of Craftax
+    that another one needs."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     result = subprocess.run(
         [sys.executable, TESTS / "devices.py", name], cwd=TESTS.parent, capture_output=True, text=True, timeout=3600,
@@ -747,8 +746,8 @@ def test_four_devices_equal_one(name):
         assert run["error"] <= 1e-4, run
         assert run["worlds"] == (run["shards"][1] if name in CRAFTAX else 0), run
         gradient, batch = run["bytes of parameters"], run["bytes of a minibatch"]
-        assert gradient < batch / 2, "or a batch could pass for a gradient"
+        assert gradient < batch / 2, "otherwise a batch could pass for a gradient"
         if run["num_seeds"] == 1:
-            assert run["collectives"]["all-reduce"] >= 0.5 * gradient, "the gradient itself, or it is not seen at all"
+            assert run["collectives"]["all-reduce"] >= 0.5 * gradient, "the gradient itself, otherwise it is not seen"
         for kind, size in run["collectives"].items():
             assert size <= (1.1 * gradient + 1024 if kind == "all-reduce" else 2048), run

@@ -1,5 +1,5 @@
-"""benchmarks/results.py decides what README calls solved and what tables and curves show, corridors.py does so over the
-length of the corridor; without_memory.py and random_policy.py are what results are compared with."""
+"""benchmarks/results.py decides what README calls solved and what tables and curves show, corridors.py the same over
+the length of the corridor. Results are compared with without_memory.py and random_policy.py."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_solved_is_the_first_time_and_forgets_old_failures():
 
 
 def test_a_comparison_runs_alone(tmp_path, monkeypatch):
-    """A second call would resume the runs that the first is training; after its end there is room again."""
+    """A second call, which would resume the runs of the first, is refused until the first ends."""
     monkeypatch.chdir(tmp_path)
     with alone(), pytest.raises(SystemExit, match="already running"):
         alone()
@@ -45,7 +45,7 @@ def test_a_comparison_runs_alone(tmp_path, monkeypatch):
 
 
 def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
-    """A run counts if all that touches its computation is as wanted, and as finished once it has been evaluated."""
+    """A run counts if all that affects its computation is as required, and as finished once it has been evaluated."""
     monkeypatch.chdir(tmp_path)
     run = Run("lstm", "published", 20, "3e5", seed=3)
     args = dataclasses.asdict(load("ppo_lstm_tmaze").parse_args(run.flags))
@@ -69,7 +69,7 @@ def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
 
 
 def test_the_learning_rate_kept_is_the_one_that_learnt_soonest(tmp_path, monkeypatch, capsys):
-    """By the mean over the updates in which an episode ended, not by the last one; a single one is not looked at."""
+    """The mean over the updates in which an episode ended decides, not the last one. A single rate needs no run."""
     monkeypatch.chdir(tmp_path)
     trials = [Run("gru", "published", 80, "3e5", 100, 1, "small", rate) for rate in (1e-3, 2e-3)]
     assert best(trials[:1]) == 1e-3
@@ -85,7 +85,7 @@ def test_the_learning_rate_kept_is_the_one_that_learnt_soonest(tmp_path, monkeyp
 
 
 def test_each_seed_of_a_run_has_its_own_row(tmp_path, monkeypatch):
-    """Success by seed from the evaluation, solved where that seed's own rows say so and its evaluation confirms it."""
+    """Success per seed is the evaluation's. A seed is solved if its rows say so and its evaluation confirms it."""
     monkeypatch.chdir(tmp_path)
     run = Run("gru", "published", 20, "3e5", seed=1, num_seeds=3)
     folder = tmp_path / "runs" / "tmaze__ppo_gru_tmaze__1__0"
@@ -115,7 +115,7 @@ def run_folder(path, exp_name, seed, **flags):
 
 
 def test_table_of_settings(tmp_path):
-    """Settings differ by scripts and flags, also by a flag that not all scripts have; seeds of one are summed up."""
+    """Settings differ by scripts and flags, also by a flag that some scripts lack; a row sums up the seeds of one."""
     settings = ("gtrxl", 1, {"memory_len": 128}), ("gtrxl", 2, {"memory_len": 128}), ("gtrxl", 1, {"memory_len": 256})
     settings += (("lstm", 1, {"hidden_size": 600}),)
     folders = [run_folder(tmp_path / f"tmaze_{i}", name, seed, **x) for i, (name, seed, x) in enumerate(settings)]
@@ -135,7 +135,7 @@ def test_table_of_settings(tmp_path):
 
 
 def test_runs_that_make_no_table(tmp_path):
-    """A run that has not ended, and one that is there twice, are named."""
+    """The error names a run that has not ended, and one that is there twice."""
     once, again = (run_folder(tmp_path / f"tmaze_{i}", "gru", 1) for i in range(2))
     with pytest.raises(SystemExit, match="another run has the same flags and seed 1"):
         main(str(tmp_path / "table"), [once, again])
@@ -146,14 +146,14 @@ def test_runs_that_make_no_table(tmp_path):
 
 
 def test_interval_is_students():
-    """Three values: 4.303 standard errors on either side of their mean; one value: none."""
+    """For three values, it is 4.303 standard errors on either side of their mean; one value has none."""
     mean, half = interval([0.2, 0.4, 0.9])
     np.testing.assert_allclose((mean, half), (0.5, 4.3027 * np.std([0.2, 0.4, 0.9], ddof=1) / 3**0.5), rtol=1e-4)
     assert np.isnan(interval([1.0])[1])
 
 
 def test_curves_look_back_as_far_as_needed():
-    """Over whole updates, weighted by their episodes, without those in which none ended."""
+    """They average whole updates, weighted by their episodes, without updates in which none ended."""
     rows = rows_of((1, 0.0), (0, ""), (3, 1.0), (2, 0.5), (8, 0.0))
     assert [(mean, number) for _, mean, number in recent(rows, "charts/success_rate", 5)] == [
         (0, 1), (0.75, 4), (0.8, 5), (0, 8)
@@ -162,7 +162,7 @@ def test_curves_look_back_as_far_as_needed():
 
 @pytest.mark.slow
 def test_without_memory_no_step_knows_of_another():
-    """The agent with its memory taken away does over a sequence what it does with each step alone."""
+    """Without its memory, the agent's outputs over a sequence are those of each step alone."""
     script = load(*FIRST)
     args = small_args(script)
     env, _ = build(script, args)
@@ -177,9 +177,9 @@ def test_without_memory_no_step_knows_of_another():
 
 @pytest.mark.parametrize("name", FIRST)
 def test_without_memory_trains_the_forgetful_agent(name, monkeypatch):
-    """Under the name that its folder shows, and with the command that resumes it."""
+    """It has the name that its folder shows, and the command that resumes it."""
     script, started = load(name), []
-    monkeypatch.setattr(script, "ActorCritic", script.ActorCritic)  # to be put back
+    monkeypatch.setattr(script, "ActorCritic", script.ActorCritic)  # so that it is restored
     monkeypatch.setattr(script, "main", started.append)
     monkeypatch.setattr(sys, "argv", ["benchmarks/without_memory.py"])
     without_memory.main(f"{name}.py", "--seed", "3")
@@ -190,7 +190,7 @@ def test_without_memory_trains_the_forgetful_agent(name, monkeypatch):
 
 @pytest.mark.parametrize("name", FIRST)
 def test_a_random_policy_guesses(name, monkeypatch):
-    """A corridor of two cells: it succeeds with half of the ways out, in all of its episodes, before the time limit."""
+    """In a corridor of two cells, all its episodes end before the time limit, half of them with success."""
     monkeypatch.setattr(jax, "jit", quick_jit)
     script = load(name)
     args = small_args(script, corridor_len=2, max_episode_steps=100, eval_episodes=400, logit_noise=0.0)

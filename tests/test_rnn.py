@@ -1,4 +1,4 @@
-"""LSTM and GRU against their formulas in float64, and their starting parameters."""
+"""LSTM and GRU against their formulas in float64; their initial parameters."""
 
 import functools
 
@@ -52,7 +52,7 @@ def gru_step(p, x, memory):
 
 
 def cell_of(name: str, own):
-    """The parameters of our LSTM or GRU as Flax's cells have them."""
+    """The parameters of our LSTM or GRU in the layout of Flax's cells."""
     gates = {"lstm": "ifgo", "gru": "rzn"}[name]
     cell = {f"i{gate}": own[f"Dense_{number}"] for number, gate in enumerate(gates)}
     cell |= {f"h{gate}": {"kernel": own[f"kernel_{gate}"]} for gate in gates}
@@ -64,7 +64,7 @@ def cell_of(name: str, own):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_with_a_float64_reference(name):
-    """Values and memory are those of the plain formulas in double precision, over resets, from a memory in
+    """Values and memory equal those of the plain formulas in double precision, over resets, from a memory in
     mid-episode."""
     script = load(f"ppo_{name}_tmaze")
     args = small_args(script)
@@ -90,7 +90,7 @@ def test_agrees_with_a_float64_reference(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_cell_of_flax(name):
-    """Outputs, memory and all gradients are those of Flax's cell in a plain loop: over resets, and under vmap."""
+    """Outputs, memory and all gradients equal those of Flax's cell in a plain loop, over resets and under vmap."""
     script = load(f"ppo_{name}_tmaze")
     ours, cell = (script.LSTM(11), nn.OptimizedLSTMCell(11)) if name == "lstm" else (script.GRU(11), nn.GRUCell(11))
     rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def test_equals_the_cell_of_flax(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_initial_parameters(name):
-    """The published count; every kernel orthogonal with gain sqrt 2, every bias 0."""
+    """The count is the published one; every kernel is orthogonal with gain sqrt 2, every bias is 0."""
     script = load(f"ppo_{name}_tmaze")
     assert count_parameters(script, script.Args()) == {"lstm": 1_635_301, "gru": 1_597_541}[name]
     args = small_args(script, hidden_size=32)

@@ -1,4 +1,4 @@
-"""What a run of each script leaves, and that a killed and resumed run leaves the same. Not for Memory Maze."""
+"""What a run of each script leaves; a killed and resumed run leaves the same. Not for Memory Maze."""
 
 import json
 import math
@@ -36,8 +36,8 @@ COLUMNS += ["losses/explained_variance", "losses/grad_norm"]
 
 
 def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "success_rate", low=0, high=1):
-    """One row per update and seed, in order, all numbers finite, cells empty only where no episode ended, and an
-    outcome from low to high."""
+    """One row per update and seed, in order, all numbers finite, cells empty only if no episode ended, and an outcome
+    from low to high."""
     table = rows(folder)
     assert {*COLUMNS, f"charts/{outcome}"} <= set(table[0])
     episodic = [name for name in table[0] if "episodic" in name or "achievements/" in name or outcome in name]
@@ -54,21 +54,21 @@ def check_metrics(folder, seeds: list[int], updates: int, outcome: str = "succes
     assert all(float(row["charts/SPS"]) > 0 for row in table)
 
 
-# Of each memory and of each task, one script makes a video.
+# One script of each memory and of each task makes a video.
 FILMED = "ppo_agalite_tmaze", "ppo_gtrxl_tmaze", "ppo_lstm_tmaze", "ppo_agalite_mysterypath", "ppo_agalite_craftax"
 TRACKED = "ppo_agalite_tmaze", "ppo_agalite_mysterypath", "ppo_agalite_craftax"  # with --track, one of each task
-# Plays the game itself. Without a video: the game would be compiled again for a single environment. Not in FEW: there,
-# a run with the stand-in would be needed as well.
+# Plays the real game. No video: the game would be compiled again for a single environment. Not in FEW, which would also
+# need a run with the stand-in.
 REAL = "ppo_gtrxl_craftax"
 
 
 def updates_of(script) -> int:
-    """Fewer if images and symbols make them slow."""
+    """Fewer if images or symbols make updates slow."""
     return 100 if script in TMAZE else 40
 
 
 def run_to_its_end(script, **options):
-    """The run that both tests look at."""
+    """The run that both tests use."""
     switches = ["--capture-video"] * (script in FILMED) + ["--track"] * (script in TRACKED)
     return finished(script, updates_of(script), updates_of(script) // 4, *switches, **options)
 

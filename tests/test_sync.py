@@ -1,4 +1,4 @@
-"""The same name means the same text in all scripts, and the tool that says so notices what it should."""
+"""The same name means the same text in all scripts, and the tool that checks it notices what it should."""
 
 import ast
 from pathlib import Path
@@ -61,7 +61,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def scripts(tmp_path):
-    """Two of the project's scripts that keep the rule, with all that may differ different."""
+    """Two of the project's scripts that keep the rule; everything that may differ differs."""
     first, second = (tmp_path / name for name in sync.PROJECT[:2])
     first.write_text(SCRIPT.format(imports="", title="first", default=1))
     second.write_text(SCRIPT.format(imports="import sys\n", title="second", default=2))
@@ -76,7 +76,7 @@ def test_the_scripts_agree():
 
 
 def test_every_block_of_a_script_is_compared():
-    """All that a script defines at its top level is seen, and every line of code belongs to a block that is."""
+    """All top-level definitions of a script are seen, and every line of code belongs to one of them."""
     for path in sync.own_scripts(ROOT):
         script = sync.Script(path)
         others = [node for node in script.tree.body if not sync.names_of(node)]
@@ -90,7 +90,7 @@ def test_every_block_of_a_script_is_compared():
 
 
 def test_equal_scripts_pass(scripts, capsys):
-    """What may differ does, and nothing is found; repairing changes nothing."""
+    """If only what may differ differs, then nothing is found, and repairing changes nothing."""
     before = [path.read_text() for path in scripts]
     assert sync.differences(scripts) == []
     assert sync.main(scripts[0].parent, ["--from", scripts[0].name]) == 0
@@ -122,7 +122,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_difference_is_found_and_repaired(scripts, change, capsys):
-    """Each kind of difference is named; --from writes the right text back, either way, and touches nothing else."""
+    """Each kind of difference is named; --from writes the right text, in either direction, and changes nothing else."""
     old, new, name = CHANGES[change]
     first, second = scripts
     original = second.read_text()
@@ -138,7 +138,7 @@ def test_a_difference_is_found_and_repaired(scripts, change, capsys):
     assert sync.main(first.parent, ["--from", str(first)]) == 0
     assert second.read_text() == original
 
-    second.write_text(changed)  # and the other way round
+    second.write_text(changed)  # now in the other direction
     kept = first.read_text()
     assert sync.main(first.parent, ["--from", second.name]) == 0
     assert second.read_text() == changed
@@ -146,7 +146,7 @@ def test_a_difference_is_found_and_repaired(scripts, change, capsys):
 
 
 def test_fields_without_comment_are_refused(scripts):
-    """Each field of Args has a comment to compare; what looks like one inside a string is none."""
+    """Each field of Args has a comment to compare; one inside a string does not count."""
     original = scripts[0].read_text()
     for comment, name in (("  # how fast", "rate"), ("  # of one script", "only_here_first")):
         assert original.count(comment) == 1
@@ -156,7 +156,7 @@ def test_fields_without_comment_are_refused(scripts):
 
 
 def test_a_script_that_a_user_added_is_left_alone(scripts, capsys):
-    """A copy under a name of its own may differ freely: it is not compared, not written, and no source of repairs."""
+    """A copy under another name may differ freely: it is not compared, not written, and not a source of repairs."""
     first, second = scripts
     mine = first.with_name("ppo_mine_tmaze.py")
     mine.write_text(first.read_text().replace("return x + 1", "return x + 3").replace("  # how fast", ""))
@@ -172,13 +172,13 @@ def test_a_script_that_a_user_added_is_left_alone(scripts, capsys):
 
 
 def test_an_unknown_source_is_refused(scripts, capsys):
-    """--from names a script that is there."""
+    """--from must name a script that exists."""
     with pytest.raises(SystemExit):
         sync.main(scripts[0].parent, ["--from", "ppo_third.py"])
     assert "not one of the project's scripts" in capsys.readouterr().err
 
 
 def test_every_planted_fault_finds_its_place():
-    """Each text that plant_faults.py replaces stands once in its file, and the fault differs from it."""
+    """Each text that plant_faults.py replaces occurs once in its file, and the fault differs from it."""
     for name, (file, text, faulty, _) in plant_faults.FAULTS.items():
         assert (ROOT / file).read_text().count(text) == 1 and faulty != text, name

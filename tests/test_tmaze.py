@@ -17,7 +17,7 @@ ENV = TMaze()
 
 @partial(jax.jit, static_argnums=0)
 def rollout(env, params, key, actions):
-    """actions (B, T) -> obs (B, T + 1, ...) from the first on, reward, done, truncated, success (B, T)."""
+    """actions (B, T) -> obs (B, T + 1, ...) with the first, reward, done, truncated, success (B, T)."""
 
     def episode(key, actions):
         reset_key, step_key = jax.random.split(key)
@@ -39,7 +39,7 @@ def cue_shown(first_obs) -> str:
 
 
 def action_sequences(corridor_len: int, limit: int) -> np.ndarray:
-    """-> (B, limit): random walks, walks that seek the junction, and plans that lead to each rule's edge."""
+    """-> (B, limit): random walks, walks that seek the junction, and plans that test the limits of each rule."""
     rng = np.random.default_rng(corridor_len)
     walks = [rng.choice(4, (8, limit), p=p) for p in ([0.25] * 4, [0.03, 0.03, 0.04, 0.9], [0.05, 0.05, 0.3, 0.6])]
     walk = [RIGHT] * (corridor_len - 1)
@@ -47,7 +47,7 @@ def action_sequences(corridor_len: int, limit: int) -> np.ndarray:
     for turn in (UP, DOWN):
         plans += [walk + [turn]]
         plans += [[LEFT] * (limit - wait - corridor_len) + walk + [turn] for wait in (0, 1)]  # turns at the last steps
-    # Each plan four times, so that both cues meet it; what follows a plan's end no longer matters.
+    # Each plan four times, so that it meets both cues; what follows a plan's end does not matter.
     plans = [(plan + [UP] * limit)[:limit] for plan in plans for _ in range(4)]
     return np.concatenate([*walks, plans]).astype(np.int32)
 
@@ -77,13 +77,13 @@ def test_episodes_equal_the_reference(corridor_len):
         np.testing.assert_array_equal(success[i, :n], expected[4])
         assert np.isin(obs[i, 1 : n + 1, 10:], (0, 1)).all()
         endings.add((reference.cue, bool(success[i, n - 1]), bool(truncated[i, n - 1])))
-    # Or the comparison above has seen less than it should: both cues with every way to end.
+    # Otherwise the comparison above would cover less than it should: both cues with every kind of end.
     assert endings == {(cue, *end) for cue in ("up", "down") for end in ((True, False), (False, False), (False, True))}
 
 
 @pytest.mark.parametrize("turn", [UP, DOWN])
 def test_time_limit(turn):
-    """999 steps are not the end, 1000 are; a turn in the last step is an end of its own and no truncation."""
+    """999 steps do not end an episode, 1000 do. A turn in the last step ends it without truncation."""
     late = [LEFT] * 840 + [RIGHT] * 159
     actions = np.array([late + [turn]] * 8 + [late + [LEFT]] * 8 + [late[1:] + [LEFT, turn]] * 8)
     _, reward, done, truncated, success = map(
@@ -106,7 +106,7 @@ def test_cue_is_a_fair_coin():
 
 
 def test_distractors_are_fair_and_independent_coins():
-    """Of each other, of the steps and environments around them, and of the cue, which they could give away."""
+    """Independent of each other, of neighbouring steps and environments, and of the cue, which they could give away."""
     actions = np.full((64, 200), LEFT)
     obs = np.asarray(rollout(ENV, ENV.default_params, jax.random.key(3), actions)[0])
     assert (obs[:, 0, 10:] == 0).all()
@@ -122,7 +122,7 @@ def test_distractors_are_fair_and_independent_coins():
 
 
 def test_jit_and_vmap_change_nothing():
-    """The functions as they are, with plain Python parameters, against the same under jit, vmap and scan."""
+    """The plain functions, with Python parameters, equal those under jit, vmap and scan."""
     actions = np.array([[RIGHT, UP, RIGHT, LEFT, RIGHT, RIGHT, DOWN]] * 2)
     key, params = jax.random.key(4), EnvParams(4, 9)
     batch = rollout(ENV, params, key, actions)
@@ -148,7 +148,7 @@ def test_spaces(num_distractors):
     assert (space.low == 0).all() and (space.high == 1).all()
     all_obs = np.asarray(rollout(env, params, jax.random.key(5), np.array([[UP, DOWN, LEFT, RIGHT] * 5]))[0][0])
     assert all(space.contains(obs) for obs in all_obs)
-    assert (all_obs[1:, 10:].min(0) == 0).all() and (all_obs[1:, 10:].max(0) == 1).all()  # no dead bit
+    assert (all_obs[1:, 10:].min(0) == 0).all() and (all_obs[1:, 10:].max(0) == 1).all()  # each bit varies
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def where(image, colour: str, area) -> np.ndarray:
 
 
 def test_frames_of_an_episode():
-    """From the states, actions and probabilities that a training script has, and all of one size."""
+    """They need only the states, actions and probabilities that a training script has, and have one size."""
     params = TMaze(5).default_params
     _, state = ENV.reset(jax.random.key(7), params)
     step = jax.jit(ENV.step)
@@ -212,7 +212,7 @@ def test_frames_show_the_agent_move(corridor_len, position):
 def test_frames_show_the_cue_brightly_at_the_first_step_only():
     assert differ(frame(0, 0, 0), frame(0, 1, 0), CUE_CARD)
     for cue in (0, 1):
-        rows = where(frame(0, cue, 0), tmaze.CUE, (30, 70, 90, 140))[:, 0]  # inside the card: the arrow alone
+        rows = where(frame(0, cue, 0), tmaze.CUE, (30, 70, 90, 140))[:, 0]  # inside the card: only the arrow
         widths = np.unique(rows, return_counts=True)[1]
         assert (widths[0] < widths[-1]) == (cue == 0)  # its tip is its narrow end
         assert len(where(frame(0, cue, 1), tmaze.CUE, (0, 0, 640, 240))) == 0

@@ -23,7 +23,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 @pytest.fixture
 def make():
-    """-> a function from the environments' lengths to Workers, all of which are closed after the test."""
+    """-> a function that makes Workers from the environments' lengths; all are closed after the test."""
     made = []
 
     def make(*lengths, **options):
@@ -37,7 +37,7 @@ def make():
 
 
 def test_ends_of_episodes(make):
-    """In the step that ends an episode the next begins; what belongs to the old one is in info."""
+    """The step that ends an episode begins the next one; what belongs to the old one is in info."""
     envs = make(2, 3)
     obs, info = envs.reset(seed=[5, 6])
     np.testing.assert_array_equal(obs, [[0, 0], [0, 0]])
@@ -62,7 +62,7 @@ def test_ends_of_episodes(make):
 
 
 def test_two_halves_in_turn(make):
-    """step_async of one while the other is waited for, as the training's loop does it."""
+    """One steps while the program waits for the other, as in the training loop."""
     halves = [make(4), make(4)]
     for half in halves:
         half.reset(seed=0)
@@ -94,7 +94,7 @@ def test_a_killed_worker_is_named(make, when):
         assert envs.parent_pipes[1].poll(PATIENCE)
         process.kill()
         process.join()
-        envs.step_wait()  # what it has answered counts
+        envs.step_wait()  # its answer counts
     with pytest.raises(WorkerDied, match=sentence):
         envs.step_async(np.array([STEP, WAIT]))
         process.kill()
@@ -117,7 +117,7 @@ def test_a_worker_that_ends_itself_is_named(make):
 def test_an_error_in_a_worker(make, action, sentence):
     envs = make(100, 100)
     envs.reset(seed=0)
-    for _ in range(2):  # and again, whoever did not hear it
+    for _ in range(2):  # each call raises it again
         with pytest.raises(WorkerFailed) as error:
             envs.step(np.array([STEP, action]))
         assert str(error.value) == f"Worker 1 (process {envs.processes[1].pid}) failed: {sentence}"
@@ -125,7 +125,7 @@ def test_an_error_in_a_worker(make, action, sentence):
 
 
 def test_an_error_at_the_start():
-    """In the parent, which makes one environment to learn its spaces, and in a worker alone; nothing is left."""
+    """It is raised from the parent, which makes one environment for its spaces, and from a worker; nothing is left."""
     with pytest.raises(OSError, match="no such"):
         Workers([functools.partial(Tiny, fails=True)])
     with pytest.raises(WorkerFailed) as error:
@@ -141,7 +141,7 @@ def test_closing_while_a_worker_is_busy(make, monkeypatch):
     envs.step_async(np.array([WAIT, LOOP]))
     start = time.monotonic()
     envs.close()
-    assert time.monotonic() - start < 40, "not as long as the worker's WAIT, a minute"
+    assert time.monotonic() - start < 40, "less than the worker's WAIT, a minute"
 
 
 PROGRAM = """
@@ -177,7 +177,7 @@ if __name__ == "__main__":
 
 
 def start(tmp_path, action, after="pass"):
-    """-> the running program, the process ids of its workers, what it wrote before"""
+    """-> the running program, the process ids of its workers, its output so far"""
     path = tmp_path / "program.py"
     path.write_text(PROGRAM.format(root=str(TESTS.parent), tests=str(TESTS), action=action, after=after))
     program = subprocess.Popen(
@@ -193,9 +193,9 @@ def start(tmp_path, action, after="pass"):
 @LINUX
 @pytest.mark.parametrize("action", ["time.sleep(60)", "envs.step(np.array([WAIT, LOOP]))"], ids=["idle", "busy"])
 def test_no_orphans(tmp_path, action):
-    """The parent is killed while its workers wait for it, or are in the middle of a step."""
+    """If the parent is killed, its workers end, whether they wait for it or are in the middle of a step."""
     program, pids, written = start(tmp_path, action)
-    assert written.count("main module imported") == 1  # by no worker
+    assert written.count("main module imported") == 1  # not by a worker
     assert "heavy [] ('1', '1')" in written
     time.sleep(0.5)
     assert all(alive(pid) for pid in pids)
@@ -220,7 +220,7 @@ def in_session(session: int) -> list[int]:
 @LINUX
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_are_left_to_the_parent(tmp_path, number):
-    """All processes get them, as from a terminal; the workers go on to serve until they are closed."""
+    """All processes get them, as from a terminal; the workers continue until they are closed."""
     program, pids, _ = start(tmp_path, "time.sleep(60)", after="print(envs.reset(seed=1)[0].shape)")
     for pid in pids:  # blocked since before the process began: a worker's import of gymnasium takes a while
         status = Path(f"/proc/{pid}/status").read_text()

@@ -1,4 +1,4 @@
-"""The wrappers on the T-Maze and on a small environment whose every outcome tells which key and step it came from."""
+"""The wrappers on the T-Maze and on a small environment whose outputs tell which key and step they come from."""
 
 import pickle
 from functools import partial
@@ -70,7 +70,7 @@ def assert_trees_equal(a, b):
 
 
 def test_episode_statistics():
-    """They count up to the end of the episode and pass on all the rest as it was."""
+    """They count up to the end of the episode, and pass on everything else unchanged."""
     key, params, actions = jax.random.key(0), EnvParams(6, 1000), np.array([3, 0, 2, 3, 3, 3, 3, 3, 1])
     plain = rollout(TMaze(), params, key, actions)
     first_obs, obs, state, reward, done, info = rollout(EpisodeStatistics(TMaze()), params, key, actions)
@@ -83,7 +83,7 @@ def test_episode_statistics():
 
 
 def test_auto_reset():
-    """Observation and state begin again, reward, done and info are of the step that was made."""
+    """At an end, observation and state begin again; reward, done and info are those of the last step."""
     first_obs, obs, state, reward, done, info = jax.tree.map(
         np.asarray, rollout(AutoReset(Toy()), None, jax.random.key(1), np.arange(300))
     )
@@ -116,7 +116,7 @@ def test_statistics_begin_anew_with_the_episode():
 
 @pytest.mark.parametrize("corridor_len, limit", [(2, 4), (3, 9)])
 def test_whole_stack_equals_the_reference(corridor_len, limit):
-    """Many episodes one after the other in each of 16 environments, with every kind of end."""
+    """Many consecutive episodes in each of 16 environments, with every kind of end, equal the reference."""
     num_envs, num_steps = 16, 200
     env = VectorEnv(AutoReset(EpisodeStatistics(TMaze())), num_envs)
     actions = np.random.default_rng(0).choice(4, (num_steps, num_envs), p=[0.1, 0.1, 0.3, 0.5])
@@ -148,14 +148,14 @@ def test_whole_stack_equals_the_reference(corridor_len, limit):
 
 
 def test_each_episode_has_a_new_cue():
-    """A fair coin, whatever the cue before it and next door was; and what is shown is what is paid for."""
+    """It is a fair coin, independent of the previous cue and the neighbour's; the cue shown is the one rewarded."""
     num_envs, num_steps = 64, 200
     env = VectorEnv(AutoReset(EpisodeStatistics(TMaze())), num_envs)
-    # In a corridor of 2 an episode is a step to the right and a turn: here always up, so right when the cue was up.
+    # In a corridor of 2 an episode is a step to the right and a turn: here always up, so correct if the cue was up.
     actions = np.tile([[RIGHT], [0]], (num_steps // 2, num_envs))
     first_obs, obs, _, _, done, info = rollout(env, EnvParams(2, 1000), jax.random.key(4), actions)
     assert done[1::2].all() and not done[::2].any()
-    shown = np.concatenate([first_obs[None], obs[1::2]])[..., 1]  # (101, 64), 1 where the cue was up
+    shown = np.concatenate([first_obs[None], obs[1::2]])[..., 1]  # (101, 64), 1 if the cue was up
     np.testing.assert_array_equal(shown[:-1] == 1, info["success"][1::2])
     coins = 2 * shown - 1
     for product in (coins, coins[1:] * coins[:-1], coins[:, 1:] * coins[:, :-1]):
@@ -163,7 +163,7 @@ def test_each_episode_has_a_new_cue():
 
 
 def test_vector_env_equals_single_environments():
-    """With the keys that jax.random.split gives, through ends of episodes, and the same by calls as by lax.scan."""
+    """With the keys of jax.random.split, through ends of episodes; single calls equal lax.scan."""
     single, params, key = AutoReset(EpisodeStatistics(TMaze())), EnvParams(2, 4), jax.random.key(5)
     actions = np.random.default_rng(1).integers(4, size=(8, 3))
     scanned = jax.tree.map(np.asarray, rollout(VectorEnv(single, 3), params, key, actions))
@@ -206,7 +206,7 @@ def test_without_a_pool_there_is_nothing_to_refresh(env):
 
 
 def test_episode_statistics_name_their_outcomes():
-    """Return and length are metrics too, beside those of the environment."""
+    """Return and length are metrics, too, besides those of the environment."""
     outcomes = VectorEnv(AutoReset(EpisodeStatistics(TMaze())), 2).outcomes
     names = {"charts/episodic_return": "episodic_return", "charts/episodic_length": "episodic_length"}
     assert outcomes == names | {"charts/success_rate": "success"}
@@ -239,8 +239,8 @@ def test_noise_lasts_an_episode():
 
 
 def test_noise_is_normal_and_independent():
-    """Mean 0 and standard deviation `scale`; the four numbers, episodes in a row, neighbours and cues tell nothing of
-    each other."""
+    """It has mean 0 and standard deviation `scale`. The four numbers, consecutive episodes, neighbours and cues are
+    independent."""
     noise, obs, begins = noise_of(0.7, seed=23)
     drawn, cue = noise[begins] / 0.7, 2 * obs[begins][:, 0] - 1
     for product in (drawn, drawn**2 - 1, drawn[:, :3] * drawn[:, 1:], drawn * cue[:, None]):
@@ -252,7 +252,7 @@ def test_noise_is_normal_and_independent():
 
 
 def test_noise_leaves_the_rest_alone():
-    """The environment inside gets and gives what it would without noise; its space knows of the noise."""
+    """The inner environment's inputs and outputs are those without noise; the space includes the noise."""
     env, plain, params = noisy(0.7), EpisodeStatistics(TMaze()), EnvParams(3, 9)
     key, reset_key, step_key = jax.random.split(jax.random.key(24), 3)
     obs, state = env.env.env.reset(reset_key, params)
@@ -308,7 +308,7 @@ def test_what_is_observed_is_what_a_step_returns():
 ])  # fmt: skip
 def test_a_stack_draws_its_first_environment(wrap):
     inner = TMaze(5)
-    inner.observe = lambda state, params: jnp.zeros(16)  # PooledReset asks for it; what it is does not matter here
+    inner.observe = lambda state, params: jnp.zeros(16)  # PooledReset calls it; its value does not matter here
     env = wrap(inner, 3)
     params = env.default_params
     _, state = env.reset(jax.random.key(25), params)
@@ -323,7 +323,7 @@ def test_a_stack_draws_its_first_environment(wrap):
 
 
 def test_a_video_is_one_episode(tmp_path):
-    """As many images as steps, the memory handed on, and a reset said just at the beginning."""
+    """The policy is called once per step, with its last memory, and with a reset only at the beginning."""
     env = VectorEnv(AutoReset(EpisodeStatistics(TMaze(2, max_episode_steps=7))), 1)
     seen = []
 
@@ -337,7 +337,7 @@ def test_a_video_is_one_episode(tmp_path):
     jax.effects_barrier()
     assert seen == [(t == 0, t) for t in range(7)], "it walks to the junction, and then into the wall until the limit"
     with Image.open(path) as video:
-        assert video.n_frames <= 7 and min(video.size) > 100  # equal images are one that lasts longer
+        assert video.n_frames <= 7 and min(video.size) > 100  # equal images become one that lasts longer
 
 
 # PooledReset.
@@ -349,7 +349,7 @@ def pooled(num_envs: int = 5, pool_size: int = 3):
 
 @partial(quick_jit, static_argnums=0)
 def pooled_steps(env, key, state, noise):
-    """noise: (T,), only its length counts -> last state, then obs, state, reward, done, info, each (T, B, ...)."""
+    """noise: (T,), only its length matters -> last state, then obs, state, reward, done, info, each (T, B, ...)."""
 
     def step(state, key):
         obs, state, reward, done, info = env.step(key, state, jnp.zeros(env.num_envs), None)
@@ -375,14 +375,14 @@ def test_pool_is_used_in_order_and_again_from_its_beginning():
         assert len(tags) > 6
         assert tags == [pool[i, k % 3] for k in range(len(tags))]
     np.testing.assert_array_equal(state.used, 1 + np.cumsum(done, axis=0))
-    # What is returned with done is the first picture of the next episode, and every step's is that of its state.
+    # With done, the observation is the first of the next episode; each observation is that of its state.
     assert not obs["time"][done].any() and obs["time"][~done].all()
     np.testing.assert_array_equal(obs["tag"], state.env_state.env_state.tag)
     np.testing.assert_array_equal(obs["time"], state.env_state.env_state.clock["time"])
 
 
 def test_pooled_statistics_are_those_of_auto_reset():
-    """They begin again with each episode, and reward, done and info are of the step that was made."""
+    """They begin again with each episode; reward, done and info are those of the last step."""
     env = pooled()
     _, first = env.reset(jax.random.key(12), None)
     _, (_, state, reward, done, info) = pooled_steps(env, jax.random.key(13), first, np.zeros(60))
@@ -394,7 +394,7 @@ def test_pooled_statistics_are_those_of_auto_reset():
     statistics = state.env_state
     assert not statistics.episodic_return[done].any() and not statistics.episodic_length[done].any()
     assert statistics.episodic_length[~done].all()
-    assert len(np.unique(info["noise"])) == done.size  # each step of each environment has a key of its own
+    assert len(np.unique(info["noise"])) == done.size  # each step of each environment has its own key
 
 
 def test_refresh_draws_a_new_pool_and_leaves_episodes_alone():
@@ -429,7 +429,7 @@ def test_pool_sizes_that_cannot_work():
 
 
 def test_mystery_path_in_a_pool():
-    """The whole stack: what it shows is the picture of its state, and each episode has the path that was pooled."""
+    """In the whole stack, an observation is the image of its state, and each episode has the path from the pool."""
     env = PooledReset(EpisodeStatistics(MysteryPath()), 3, 2)
     params = env.default_params._replace(max_episode_steps=4)
     reset, step = quick_jit(env.reset), quick_jit(env.step)
@@ -449,7 +449,7 @@ def test_mystery_path_in_a_pool():
 
 @pytest.mark.parametrize("num_envs, reset_ratio", [(12, 1), (12, 3), (12, 12), (1, 1), (24, 3), (18, 3)])
 def test_optimistic_reset(num_envs, reset_ratio):
-    """Each environment that ends gets a fresh start, and one of its own as long as its group has enough."""
+    """Each environment that ends gets a fresh start, not shared as long as its group has enough."""
     env = OptimisticReset(EpisodeStatistics(Toy()), num_envs, reset_ratio)
     assert (env.num_envs, env.num_fresh) == (num_envs, num_envs // reset_ratio)
     out = rollout(env, None, jax.random.key(8), np.tile(np.arange(num_envs), (100, 1)))
@@ -464,7 +464,7 @@ def test_optimistic_reset(num_envs, reset_ratio):
         np.testing.assert_allclose(reward[t], 10.0**time, rtol=1e-6)
         np.testing.assert_array_equal(done[t], time + 1 > tag % 4)
         np.testing.assert_array_equal(info["episodic_length"][t], time + 1)
-        # which goes on, or is followed by a new one, in observation and state alike.
+        # which continues, or is followed by a new one, in observation and state alike.
         time = np.where(done[t], 0, time + 1)
         np.testing.assert_array_equal(obs["tag"][t][~done[t]], tag[~done[t]])
         tag = obs["tag"][t]
@@ -479,10 +479,10 @@ def test_optimistic_reset(num_envs, reset_ratio):
             surplus.add(np.sign(int(ended.sum()) - fresh))
             drawn.extend(new)
     assert len(set(drawn)) == len(drawn) > 20 // reset_ratio  # new ones in every step
-    # Or the loop has seen less than it should: fewer ends than fresh starts, as many, and more.
+    # Otherwise the loop would cover less than it should: fewer ends than fresh starts, as many, and more.
     assert reset_ratio != 3 or surplus == {-1, 0, 1}
-    assert all(len(set(noise)) == num_envs for noise in info["noise"])  # each steps by a key of its own
-    assert not np.isin(drawn, info["noise"]).any()  # and starts draw from other keys than steps
+    assert all(len(set(noise)) == num_envs for noise in info["noise"])  # each steps with its own key
+    assert not np.isin(drawn, info["noise"]).any()  # and starts use other keys than steps
 
 
 def test_optimistic_reset_is_a_vector_env():

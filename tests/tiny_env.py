@@ -1,4 +1,4 @@
-"""A Gymnasium environment of pure Python for the tests of Workers: it counts, waits, raises and dies when told to."""
+"""A pure Python Gymnasium environment for the tests of Workers: actions make it count, wait, raise or die."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ ACTIONS = STEP, WAIT, RAISE, RAISE_UNPICKLABLE, EXIT, LOOP = range(6)
 
 
 class Tiny(gymnasium.Env):
-    """Observation (2,): the steps of the episode, and which episode it is. It ends after `length` steps."""
+    """Observation (2,): the step within the episode, and the episode's number. It ends after `length` steps."""
 
     observation_space = spaces.Box(0, 1e6, (2,), np.float32)
     action_space = spaces.Discrete(len(ACTIONS))

@@ -1,15 +1,15 @@
-"""The rules of the T-Maze once more, in plain Python and sharing no code with envs/, for the tests to compare with."""
+"""A reference of the T-Maze in plain Python, which shares no code with envs/."""
 
 UP, DOWN, LEFT, RIGHT = range(4)
 
-# The reflected Gray code as it is built by hand: the list so far behind a 0, then the same list backwards behind a 1.
+# The reflected Gray code: the list so far with a 0 in front, then the same list reversed with a 1 in front.
 GRAY = [[]]
 for _ in range(8):
     GRAY = [[0, *code] for code in GRAY] + [[1, *code] for code in reversed(GRAY)]
 
 
 class Reference:
-    """One episode. Observations are lists of the 10 bits that are no distractors."""
+    """One episode. Observations are lists of the 10 bits that are not distractors."""
 
     def __init__(self, corridor_len: int, max_episode_steps: int, cue: str):
         self.junction = corridor_len - 1

@@ -1,4 +1,4 @@
-"""python tests/with_stand_in.py SCRIPT FLAGS: a script of Craftax or Memory Maze, with a stand-in for the game."""
+"""python tests/with_stand_in.py SCRIPT FLAGS: runs a Craftax or Memory Maze script with a stand-in for the game."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from cue_maze import make_env
 if __name__ == "__main__":
     script = importlib.import_module(sys.argv.pop(1))
     if hasattr(script, "Craftax"):
-        from common import CraftaxStandIn  # here, since it starts JAX, which --distributed has to come before
+        from common import CraftaxStandIn  # here, since it starts JAX, and --distributed must come first
 
         script.Craftax = CraftaxStandIn
     else:
