@@ -59,7 +59,8 @@ def main():
     size = sum(x.size for x in jax.tree.leaves(runner.train_state.params))
     rate = matrix_rate()
     bound = rate / (4 * 2 * size)  # acting once, learning forward once and backward twice; 2 FLOP per parameter each
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {size:,} parameters, {8e-6 * size:.1f} MFLOP per step")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"{size:,} parameters, {8e-6 * size:.1f} MFLOP per step")
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s, so at most {bound:.0f} steps/s")
     best = {"ours": np.inf, "theirs": np.inf}
     for form, axis in [key[:2] for key in runs if key[2] == "update"]:
