@@ -133,6 +133,14 @@ FAULTS = {
         TMAZE, 'int(row["update"]) <= start]', 'int(row["update"]) <= start + 1]', KILLED
     ),
     "NaN is saved": (TMAZE, "if not np.isfinite(value)]", "if value is None]", "tests/test_faults.py -k diverging"),
+    "an evaluation has exploration noise": (
+        TMAZE, "dataclasses.replace(args, logit_noise=0.0)", "args",
+        "tests/test_cli.py::test_evaluations_have_no_exploration_noise[ppo_agalite_tmaze]"
+    ),
+    "workers are started before the signals are blocked": (
+        "envs/workers.py", "signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)\n\n    def", "pass\n\n    def",
+        "tests/test_workers.py -k signals"
+    ),
     "noise is drawn in each step": (
         WRAPPERS, "return jnp.append(state.noise, obs), state._replace",
         "return jnp.append(jax.random.normal(key, (self.size,)), obs), state._replace",
