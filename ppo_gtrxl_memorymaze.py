@@ -156,7 +156,7 @@ class GRUGate(nn.Module):
 class WindowMemory(NamedTuple):
     """The last M steps, oldest first."""
 
-    inputs: jax.Array  # (B, L, M, D), the input of each layer
+    inputs: tuple[jax.Array, ...]  # (B, M, D) for each of the L layers: its input, normalised
     visible: jax.Array  # (B, M) bool, the step belongs to the episode in progress
 
 
@@ -171,7 +171,7 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
 
         score(i, j) = ((q_i + content_bias) . (tokens_j Wk) + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
 
-    q (T, B, H, d) are the queries. tokens (M + T, B, D) begin M steps earlier; Wk and Wv (D, H, d) make their keys and
+    q (T, B, H, d) are the queries. tokens (B, M + T, D) begin M steps earlier; Wk and Wv (D, H, d) make their keys and
     values. episode (M + T, B) numbers the episode of each token. The two biases are (H, d). positions (M + 1, H, d) has
     a vector for each distance i - j from 0 to M.
 
@@ -179,13 +179,16 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
     """
     T, M, d = len(q), len(positions) - 1, q.shape[-1]
     C = min(T, M)  # smaller blocks share more keys with others, larger ones score more pairs outside the window
-    # Steps of zeros fill the last block. They come last, so no other step sees them.
-    q, tokens, episode = (jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)) for x in (q, tokens, episode))
-    blocks = lambda x, size: jnp.stack([x[start : start + size] for start in range(0, T, C)])  # (N, size, ...)
-    q, tokens, episode = blocks(q, C), blocks(tokens, M + C), blocks(episode, M + C)
+
+    def blocks(x, size, axis=0):  # -> (N, ...), with size steps on the axis of time
+        # Steps of zeros fill the last block. They come last, so no other step sees them.
+        x = jnp.pad(x, [(0, -T % C if i == axis else 0) for i in range(x.ndim)])
+        return jnp.stack([jax.lax.slice_in_dim(x, start, start + size, axis=axis) for start in range(0, T, C)])
+
+    q, tokens, episode = blocks(q, C), blocks(tokens, M + C, axis=1), blocks(episode, M + C)
     # einsum takes the cheaper order: in a rollout mostly tokens Wk first, which are the keys; in a single step q Wk, so
     # that acting does not compute the keys of its whole window again in each step. Likewise with Wv below.
-    content = jnp.einsum("nibhd,njbD,Dhd->nbhij", q + content_bias, tokens, Wk)  # (N, B, H, C, M + C)
+    content = jnp.einsum("nibhd,nbjD,Dhd->nbhij", q + content_bias, tokens, Wk)  # (N, B, H, C, M + C)
 
     # In a block, key M + i is query i's own step. Column m of by_offset is for key i + m, at distance M - m, so row i
     # must move i columns to the right (the relative shift of Transformer-XL). For that, C times -inf lengthen each row
@@ -198,25 +201,28 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
     same_episode = episode[:, M:, None] == episode[:, None]  # (N, C, M + C, B), of query and key
     visible = jnp.moveaxis(same_episode, -1, 1)[:, :, None]  # (N, B, 1, C, M + C)
     score = jnp.where(visible, (content + position) / math.sqrt(d), -jnp.inf)
-    out = jnp.einsum("njbD,nbhij,Dhd->nibhd", tokens, nn.softmax(score), Wv)  # (N, C, B, H, d)
+    out = jnp.einsum("nbjD,nbhij,Dhd->nibhd", tokens, nn.softmax(score), Wv)  # (N, C, B, H, d)
     return out.reshape(-1, *out.shape[2:])[:T]
 
 
 class GTrXLAttention(nn.Module):
-    """Attention of each step to itself and the M before. x (T, B, D), past (M, B, D), episode (M+T, B) -> (T, B, D)."""
+    """Each step attends to itself and M before it. x (T, B, D), tokens (B, M+T, D), episode (M+T, B) -> (T, B, D)."""
 
     args: Args
 
     @nn.compact
-    def __call__(self, x, past, episode, content_bias, position_bias):
+    def __call__(self, x, tokens, episode, content_bias, position_bias):
         T, B, D = x.shape
         M, H, d = self.args.memory_len, self.args.num_heads, self.args.d_head
         kernel = lambda name: self.param(name, nn.initializers.lecun_normal(), (D, H * d)).reshape(D, H, d)
         Wk, Wv, bv = kernel("Wk"), kernel("Wv"), self.param("bv", constant(0.0), (H, d))
-        tokens = nn.LayerNorm()(jnp.concatenate([past, x]))  # (M + T, B, D)
+        scale, bias = self.param("scale", constant(1.0), (D,)), self.param("bias", constant(0.0), (D,))
+        # With these, of LayerNorm, keys and values are (scale * tokens + bias) W + b. The scale goes into W, so that
+        # acting need not scale its whole window in each step. A bias common to all keys, or to all positions, shifts
+        # all scores of a query alike, which softmax cancels: unlike published, there is none. A bias common to all
+        # values is added at the end: the weights sum to 1.
+        Wk, Wv, bv = scale[:, None, None] * Wk, scale[:, None, None] * Wv, bv + jnp.einsum("D,Dhd->hd", bias, Wv)
         q = nn.Dense(H * d, name="q")(x).reshape(T, B, H, d)  # of x without LayerNorm, as published
-        # The published biases of keys and positions are left out: they shift all scores of a query alike, which softmax
-        # cancels. The bias of the values is added at the end: the weights sum to 1.
         positions = nn.Dense(H * d, use_bias=False, name="position")(sinusoids(M + 1, D)).reshape(M + 1, H, d)
         out = window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, episode) + bv
         return nn.Dense(D, name="out")(out.reshape(T, B, H * d))
@@ -237,16 +243,16 @@ class GTrXL(nn.Module):
         gate = functools.partial(GRUGate, kernel_init=nn.initializers.lecun_normal())
 
         x = nn.relu(nn.Dense(args.d_model, name="embedding")(x))  # (T, B, D)
-        inputs = []
+        normalise, inputs = nn.LayerNorm(use_scale=False, use_bias=False, name="normalise"), []
         for i in range(args.num_layers):
-            past = jax.lax.stop_gradient(jnp.moveaxis(memory.inputs[:, i], 1, 0))  # (M, B, D); constant, as published
-            inputs.append(jnp.concatenate([past, x])[-M:])
-            y = GTrXLAttention(args)(x, past, episode, *biases)
+            past = jax.lax.stop_gradient(memory.inputs[i])  # (B, M, D); constant, as published
+            tokens = jnp.concatenate([past, jnp.swapaxes(normalise(x), 0, 1)], axis=1)  # (B, M + T, D)
+            inputs.append(tokens[:, -M:])
+            y = GTrXLAttention(args)(x, tokens, episode, *biases)
             x = gate()(x, nn.relu(y))
             y = nn.relu(nn.Dense(args.d_model)(nn.LayerNorm()(x)))
             x = gate()(x, nn.relu(nn.Dense(args.d_model)(y)))
-        inputs = jnp.moveaxis(jnp.stack(inputs), 2, 0)  # (L, M, B, D) -> (B, L, M, D)
-        return x, WindowMemory(inputs, (episode[-M:] == episode[-1]).T)
+        return x, WindowMemory(tuple(inputs), (episode[-M:] == episode[-1]).T)
 
 
 class Conv3x3(nn.Module):
@@ -315,7 +321,7 @@ class ActorCritic(nn.Module):
     @nn.nowrap
     def initial_memory(self, B: int) -> WindowMemory:
         L, M, D = self.args.num_layers, self.args.memory_len, self.args.d_model
-        return WindowMemory(jnp.zeros((B, L, M, D)), jnp.zeros((B, M), bool))
+        return WindowMemory((jnp.zeros((B, M, D)),) * L, jnp.zeros((B, M), bool))
 
     @nn.compact
     def __call__(self, obs, reset, memory: WindowMemory):

@@ -48,7 +48,7 @@ def cached_step(script, args, params, obs, memory):
     p, H, d, M = params["params"], args.num_heads, args.d_head, args.memory_len
     gtrxl = p["GTrXL_0"]
     dense = lambda p, x: x @ p["kernel"] + p["bias"]
-    norm = lambda p, x: script.nn.LayerNorm().apply({"params": p}, x)
+    norm = lambda p, x: script.nn.LayerNorm().apply({"params": {name: p[name] for name in ("scale", "bias")}}, x)
     gate = lambda p, x, y: script.GRUGate().apply({"params": p}, x, y)
     seen = jnp.pad(visible, [(0, 0), (0, 1)], constant_values=True)  # (B, M + 1), also the step itself
     noise, steps_left, obs = jnp.split(obs, [4, 5], axis=-1)
@@ -56,7 +56,7 @@ def cached_step(script, args, params, obs, memory):
     new_keys, new_values = [], []
     for i in range(args.num_layers):
         a = gtrxl[f"GTrXLAttention_{i}"]
-        k, v = ((norm(a["LayerNorm_0"], x) @ a[name]).reshape(1, -1, H, d) for name in ("Wk", "Wv"))
+        k, v = ((norm(a, x) @ a[name]).reshape(1, -1, H, d) for name in ("Wk", "Wv"))
         k, v = (jnp.concatenate([jnp.moveaxis(old[:, i], 1, 0), new]) for old, new in ((keys, k), (values, v)))
         new_keys.append(k[1:])
         new_values.append(v[1:])

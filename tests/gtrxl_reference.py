@@ -9,12 +9,13 @@ from agalite_reference import dense, gate, heads, layer_norm, split
 
 
 def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
-    """A whole ActorCritic. obs (T, B, n), reset (T, B), inputs (B, L, M, D) and visible (B, M) of the previous M steps.
+    """A whole ActorCritic. obs (T, B, n), reset (T, B), normalised inputs L times (B, M, D) and visible (B, M) of the
+    previous M steps.
 
     -> (logits (T, B, actions), value (T, B)), inputs, visible after the last step
     """
     H, d = sizes
-    p, (T, B), (L, M) = params["params"], reset.shape, inputs.shape[1:3]
+    p, (T, B), (L, M) = params["params"], reset.shape, (len(inputs), inputs[0].shape[1])
     memory, relu = p["GTrXL_0"], lambda x: xp.maximum(x, 0)
 
     # What a step sees: its own episode, not the future, at most M steps back.
@@ -36,9 +37,10 @@ def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
     for n in range(L):
         attention = memory[f"GTrXLAttention_{n}"]
         gates, maps = ([memory[f"{kind}_{2 * n + j}"] for j in (0, 1)] for kind in ("GRUGate", "Dense"))
-        tokens = xp.concatenate([xp.moveaxis(inputs[:, n], 1, 0), x])  # (M + T, B, D)
-        new_inputs.append(tokens[-M:])
-        k, v = (layer_norm(attention["LayerNorm_0"], tokens) @ attention[name] for name in ("Wk", "Wv"))
+        normalised = layer_norm({"scale": 1.0, "bias": 0.0}, x)
+        tokens = xp.concatenate([xp.moveaxis(inputs[n], 1, 0), normalised])  # (M + T, B, D)
+        new_inputs.append(xp.moveaxis(tokens[-M:], 0, 1))
+        k, v = ((tokens * attention["scale"] + attention["bias"]) @ attention[name] for name in ("Wk", "Wv"))
         k, v = k.reshape(M + T, B, H, d), v.reshape(M + T, B, H, d) + attention["bv"]
         published_bias = np.linspace(-1, 1, H * d).reshape(H, d)  # ours has none: softmax gives the same with any
         k = k + published_bias
@@ -54,4 +56,4 @@ def agent(params, obs, reset, inputs, visible, sizes, discount, xp):
         z = relu(dense(maps[0], layer_norm(memory[f"LayerNorm_{n}"], x)))
         x = gate(gates[1], x, relu(dense(maps[1], z)), xp)
     new_visible = (known & (begun == begun[-1]))[-M:].T
-    return heads(p, x, obs, discount, xp), xp.moveaxis(xp.stack(new_inputs), 2, 0), new_visible
+    return heads(p, x, obs, discount, xp), tuple(new_inputs), new_visible
