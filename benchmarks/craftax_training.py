@@ -36,8 +36,9 @@ def training(script, args, agent_class):
     """-> update(runner), a function from a key to a runner."""
     env = script.make_env(args, args.num_envs)
     agent = agent_class(args, env.action_space(env.default_params).n)
-    one_seed = lambda key: jax.tree.map(lambda x: x[None], script.init(args, env, agent, key))  # as scripts have it
-    return (lambda runner: jax.vmap(functools.partial(script.update, args, env))(runner)[0]), one_seed
+    # With an axis of seeds, as the scripts have it.
+    init = lambda key: jax.lax.map(functools.partial(script.init, args, env, agent), key[None])
+    return (lambda runner: jax.vmap(functools.partial(script.update, args, env))(runner)[0]), init
 
 
 def environment(args, env):
