@@ -213,10 +213,10 @@ class GTrXLAttention(nn.Module):
         kernel = lambda name: self.param(name, nn.initializers.lecun_normal(), (D, H * d)).reshape(D, H, d)
         Wk, Wv, bv = kernel("Wk"), kernel("Wv"), self.param("bv", constant(0.0), (H, d))
         scale, bias = self.param("scale", constant(1.0), (D,)), self.param("bias", constant(0.0), (D,))
-        # With these, of LayerNorm, keys and values are (scale * tokens + bias) W + b. The scale goes into W, so that
-        # acting need not scale its whole window in each step. A bias common to all keys, or to all positions, shifts
-        # all scores of a query alike, which softmax cancels: unlike published, there is none. A bias common to all
-        # values is added at the end: the weights sum to 1.
+        # tokens are normalised, but still without LayerNorm's scale and bias. So keys and values are (scale * tokens +
+        # bias) W + b. The scale goes into W, so that acting need not scale its whole window in each step. A bias common
+        # to all keys, or to all positions, shifts all scores of a query alike, which softmax cancels: unlike published,
+        # there is none. A bias common to all values is added at the end: the weights sum to 1.
         Wk, Wv, bv = scale[:, None, None] * Wk, scale[:, None, None] * Wv, bv + jnp.einsum("D,Dhd->hd", bias, Wv)
         q = nn.Dense(H * d, name="q")(x).reshape(T, B, H, d)  # of x without LayerNorm, as published
         positions = nn.Dense(H * d, use_bias=False, name="position")(sinusoids(M + 1, D)).reshape(M + 1, H, d)
