@@ -499,7 +499,8 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
 
 def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
     """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
-    current, key, episodes = begin_episodes(args, envs, initial_memory, 1), jax.random.key(args.seed), []
+    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # no gradient step has this number
+    current, episodes = begin_episodes(args, envs, initial_memory, 1), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
         current, _, _, ended = host_rollout(args, envs, act_fn, current, rollout_key)
@@ -534,18 +535,18 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
     """Restores the newest readable checkpoint; `like` is a state of these shapes -> number of its update, state."""
     arrays = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, like)
     name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    shapes_of = lambda tree: {name_of(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
+    types_of = lambda tree: {name_of(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
     for number in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            saved, here = shapes_of(checkpoints.item_metadata(number)), shapes_of(arrays)
+            saved, here = types_of(checkpoints.item_metadata(number)), types_of(arrays)
             if saved == here:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
         except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
             print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
             continue
         name = next(name for name in here | saved if saved.get(name) != here.get(name))
-        shapes = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {shapes}")
+        types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
     raise SystemExit(f"{checkpoints.directory} has no checkpoint that can be read: start the run again")
 
 
@@ -633,7 +634,7 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
         print(f"Evaluation, {kind} actions, {returns.size} episodes: episodic_return {shown}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:
-        tracker.log({f"eval/{name}": values[0] for name, values in results["sampled"].items()})
+        tracker.summary.update({f"eval/{name}": values[0] for name, values in results["sampled"].items()})
 
 
 def main(args: Args) -> None:

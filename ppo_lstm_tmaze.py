@@ -400,18 +400,18 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
     """Restores the newest readable checkpoint; `like` is a state of these shapes -> number of its update, state."""
     arrays = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, like)
     name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    shapes_of = lambda tree: {name_of(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
+    types_of = lambda tree: {name_of(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
     for number in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            saved, here = shapes_of(checkpoints.item_metadata(number)), shapes_of(arrays)
+            saved, here = types_of(checkpoints.item_metadata(number)), types_of(arrays)
             if saved == here:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
         except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
             print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
             continue
         name = next(name for name in here | saved if saved.get(name) != here.get(name))
-        shapes = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {shapes}")
+        types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
     raise SystemExit(f"{checkpoints.directory} has no checkpoint that can be read: start the run again")
 
 
@@ -491,7 +491,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     """Evaluates the parameters of all seeds in env, with sampled and with greedy actions."""
     results, keys = {}, jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
-    for number, kind in enumerate(("sampled", "greedy"), start=1):
+    for number, kind in enumerate(("sampled", "greedy"), start=3):  # `init` has keys 0 to 2 of each seed
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
@@ -502,7 +502,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:
-        tracker.log({f"eval/{name}": np.mean(values) for name, values in results["sampled"].items()})
+        tracker.summary.update({f"eval/{name}": np.mean(values) for name, values in results["sampled"].items()})
 
 
 def main(args: Args) -> None:

@@ -109,7 +109,7 @@ def median(rows: list[dict]) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--memory-gym-python", help="the python of a virtual environment with memory-gym==1.0.2")
-    parser.add_argument("--pool-size", type=int, default=8, help="paths per environment and rollout")
+    parser.add_argument("--pool-size", type=int, default=16, help="paths per environment and rollout")
     parser.add_argument("--as-memory-gym", choices=IDS, help=argparse.SUPPRESS)  # this file, as run by that python
     args = parser.parse_args()
     if args.as_memory_gym:

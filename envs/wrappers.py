@@ -279,7 +279,7 @@ def record_video(env, policy, memory, seed: int, path: Path) -> None:
     memory. Gymnasium's RecordVideo does the same for environments that are not pure functions.
     """
     policy, reset_env, step = jax.jit(policy), jax.jit(env.reset), jax.jit(env.step)
-    key, reset_key = jax.random.split(jax.random.key(seed))
+    key, reset_key = jax.random.split(jax.random.key(-1 - seed))  # training has the keys of seeds from 0 on
     obs, state = reset_env(reset_key, env.default_params)
     reset, frames = jnp.ones(1, bool), []
     while not (frames and reset[0]) and len(frames) < 1000:  # reset is true before the first step, too

@@ -15,7 +15,8 @@ class CueMaze(gymnasium.Env):
     """First red or green, then black twice, then white: now an even action pays 1 after red, an odd one after green.
 
     A random policy is right half of the time, and so is the best one without memory. So there is nothing to learn but
-    to remember. All episodes end by their time limit, as in the maze; the first one may be shorter.
+    to remember. All episodes are equally long, as in the maze; the first one may be shorter. Those with a red cue are
+    truncated, the others terminated.
     """
 
     observation_space = spaces.Box(0, 255, (8, 8, 3), np.uint8)
@@ -38,8 +39,9 @@ class CueMaze(gymnasium.Env):
         assert self.action_space.contains(action)
         reward = float(self.time == STEPS - 1 and action % 2 == self.cue)
         self.time += 1
+        ends = [self.time == self.limit and self.cue == cue for cue in (1, 0)]
         shortened = self.time == self.limit < STEPS
-        return self.observe(), reward, False, self.time == self.limit, {"shortened": True} if shortened else {}
+        return self.observe(), reward, *ends, {"shortened": True} if shortened else {}
 
     def render(self):
         return np.repeat(np.repeat(self.observe(), 8, axis=0), 8, axis=1)

@@ -8,6 +8,8 @@ import subprocess
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from cli import (
     BATCH,
@@ -248,7 +250,7 @@ def test_without_weights_and_biases_nothing_begins(script, key, reason, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypatch):
-    """W&B gets a row per update and seed at its global_step, and the evaluation at the end. A resumed run continues
+    """W&B gets a row per update and seed at its global_step, and the evaluation as its summary. A resumed run continues
     there, under the name of its folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", quick_jit)
@@ -260,9 +262,10 @@ def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypa
     assert {(options["id"], options["resume"]) for options in started} == {(folder_of(tmp_path).name, "allow")}
     calls = [(call.kwargs.get("step"), call.args[0]) for call in tracker.log.call_args_list]
     of_update = lambda number: [(number * BATCH, f"seed_{seed}/losses/entropy") for seed in (1, 2)]
-    evaluation = [(None, "eval/success")]
-    expected = [*of_update(1), *of_update(2), *evaluation, *of_update(3), *of_update(4), *evaluation]
+    expected = [*of_update(1), *of_update(2), *of_update(3), *of_update(4)]
     assert [step for step, _ in calls] == [step for step, _ in expected]
+    summaries = [call.args[0] for call in tracker.summary.update.call_args_list]
+    assert len(summaries) == 2 and all(0 <= summary["eval/success"] <= 1 for summary in summaries)
     assert all(name in row for (_, row), (_, name) in zip(calls, expected, strict=True))
 
 
@@ -279,6 +282,26 @@ def test_help_shows_every_flag(name, capsys):
         comment = lines[field.name].split("  # ")[1]
         assert f"--{field.name.replace('_', '-')}" in shown
         assert "".join(x for x in comment if x.isalnum() or x in "-_") in shown, comment
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_seed_decides_what_is_drawn(name, tmp_path, monkeypatch):
+    """--seed 5 --num-seeds 2 starts from the keys of 5 and 6."""
+    module, started = load(name), []
+
+    def init(args, env, agent, key):
+        train_state = module.TrainState.create(apply_fn=None, params=jnp.zeros(1), tx=optax.identity())
+        return module.RunnerState(train_state, key, *[jnp.zeros(args.num_envs)] * 4)
+
+    def train(args, update, state, *_):
+        started.append(jax.random.key_data(state.key).tolist())
+        raise SystemExit
+
+    monkeypatch.setattr(module, "init", init)
+    monkeypatch.setattr(module, "train", train)
+    with pytest.raises(SystemExit):
+        module.main(tiny_args(module, runs_dir=str(tmp_path), seed=5, num_seeds=2))
+    assert started == [[jax.random.key_data(jax.random.key(seed)).tolist() for seed in (5, 6)]]
 
 
 @pytest.mark.parametrize("name", TMAZE)

@@ -208,8 +208,13 @@ def test_no_readable_checkpoint_is_said(script, tmp_path, restored):
 HIDDEN = "x, memory = AGaLiTe(self.args)(obs, reset, memory)"
 ADAM = "optax.adam(args.learning_rate_at, eps=args.adam_eps)"
 EDITS = {  # how a user edits the script, and the first difference
-    "a layer more": (HIDDEN, f"{HIDDEN}; x = x + dense(16)(x)", "Dense_2/bias is (1, 4) there and (1, 16)"),
+    "a layer more": (
+        HIDDEN,
+        f"{HIDDEN}; x = x + dense(16)(x)",
+        "Dense_2/bias is float32[1, 4] there and float32[1, 16]",
+    ),
     "no memory": (HIDDEN, "x = obs", "there and missing"),
+    "another type": ("jnp.ones(B, jnp.int32)", "jnp.ones(B, jnp.int16)", "tick is int32[1, 8] there and int16[1, 8]"),
     "another optimizer": (ADAM, "optax.sgd(args.learning_rate_at, momentum=0.9)", "opt_state/"),
 }
 
@@ -239,7 +244,7 @@ def test_checkpoints_of_other_sizes_stay(script, tmp_path):
     (folder / "args.json").write_text(json.dumps(args | {"d_actor": 17}))
     before = snapshot(folder)
     _, err = run(script, "--resume", folder, cwd=tmp_path, small=False, expect=1)
-    assert "(1, 16) there and (1, 17) here" in err.splitlines()[-1] and "Traceback" not in err
+    assert "float32[1, 16] there and float32[1, 17] here" in err.splitlines()[-1] and "Traceback" not in err
     assert snapshot(folder) == before
 
 

@@ -176,22 +176,17 @@ def test_what_is_learnt_from_a_rollout(played_once, monkeypatch):
 
 
 def test_an_update_learns_from_its_rollout(played_once):
-    """The memory is that at the start of the rollout; no random key is used twice, in this update or the next."""
-    p, seen, keys = played_once, [], []
-
-    def act(params, greedy, key, *current):
-        keys.append(key)
-        return p.act(params, greedy, key, *current)
+    """The memory is that at the start of the rollout."""
+    p, seen = played_once, []
 
     def learn(train_state, key, memory, transitions, last_value):
-        keys.append(key)
         seen.append((memory, transitions))
         return train_state.replace(step=train_state.step + 1), {}
 
     current, train_state = p.middle, p.train_state
     for number in range(2):
         start = current
-        current, train_state, metrics, outcomes = p.script.host_update(p.args, p.envs, act, learn, start, train_state)
+        current, train_state, metrics, outcomes = p.script.host_update(p.args, p.envs, p.act, learn, start, train_state)
         memory, transitions = seen[number]
         assert_identical(memory, start[-1])
         assert_identical(transitions.obs[0], start[0])
@@ -200,9 +195,30 @@ def test_an_update_learns_from_its_rollout(played_once):
             outcomes["charts/episodic_return"], transitions.reward.sum() / transitions.done.sum()
         )
         assert outcomes["charts/episodic_length"] == STEPS
+
+
+def test_no_key_is_used_twice(played_once):
+    """Neither in two updates, nor in an evaluation, nor by another seed."""
+    p, keys, T = played_once, [], played_once.args.num_steps
+
+    def act(params, greedy, key, *current):
+        keys.append(key)
+        return p.act(params, greedy, key, *current)
+
+    def learn(train_state, key, *_):
+        keys.append(key)
+        return train_state.replace(step=train_state.step + 1), {}
+
+    for seed in (1, 2):
+        args = dataclasses.replace(p.args, seed=seed, eval_episodes=2 * T)
+        current, train_state = p.middle, p.train_state
+        for _ in range(2):
+            current, train_state, *_ = p.script.host_update(args, p.envs, act, learn, current, train_state)
+        p.script.host_evaluate(args, p.envs, p.initial_memory, functools.partial(act, p.params, False))
     words = [tuple(jax.random.key_data(key).tolist()) for key in keys]
-    last_value = p.args.num_steps  # its action is not used, so its key need not differ
-    assert len(words) == 2 * (last_value + 2) and len(set(words)) == len(words)
+    # A rollout takes T + 1 keys (the action of the last one is not used), the learning one. 8 environments play 36
+    # episodes in at least two rollouts.
+    assert len(words) >= 2 * (2 * (T + 2) + 2 * (T + 1)) and len(set(words)) == len(words)
 
 
 def test_acting_and_learning_are_lowered_for_a_gpu(played_once, monkeypatch):
@@ -249,6 +265,16 @@ def test_greedy_is_the_most_probable_action(played_once):
         assert (action == logits[0].argmax(-1)).all() == greedy
         np.testing.assert_allclose(log_prob, log_prob_of(logits[0], action), atol=1e-5)
         np.testing.assert_allclose(values, value[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MEMORYMAZE)
+def test_first_episodes_are_shortened(name):
+    """Those of training, each to another length, from whole to short; those of an evaluation are whole."""
+    script = load(name)
+    args = small_args(script, num_envs=4, num_minibatches=2)
+    lengths = lambda args: [script.make_env(args, index).keywords["first_episode_steps"] for index in range(4)]
+    assert lengths(args) == [1000, 750, 500, 250]
+    assert lengths(dataclasses.replace(args, evaluate="a folder")) == [1000] * 4
 
 
 def test_each_purpose_has_its_own_mazes(played_once):

@@ -1,6 +1,7 @@
 """PPO around the memory: the ratio before the first step, advantages, loss, keys, minibatches, seeds and devices."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import sync
 from common import (
     CRAFTAX,
     FEW,
@@ -62,7 +64,8 @@ class Played:
         self.script, self.args = script, small_args(script, num_steps=48, num_envs=32, total_timesteps=10**4)
         self.env, self.agent = build(script, self.args)
         runner = quick_jit(functools.partial(script.init, self.args, self.env, self.agent))(jax.random.key(1))
-        self.params = random_params(runner.train_state.params)
+        self.initial_params = runner.train_state.params
+        self.params = random_params(self.initial_params)
         # Compiled as in a real run: this compares rounding in acting and in learning.
         rollout = jax.jit(functools.partial(script.rollout, self.args, self.env))
         runner, *_ = rollout(stagger(with_params(runner, self.params)), jax.random.key(2))
@@ -338,8 +341,8 @@ class KeyLog:
         return self.env.refresh(key, state[0], params), *state[1:]
 
 
-def test_noise_differs_from_update_to_update(script, monkeypatch):
-    """Over three updates no key is used twice, and no two steps see the same sampling noise."""
+def test_noise_differs_from_update_to_update(script, monkeypatch, tmp_path):
+    """Over three updates and the evaluations no key is used twice, and no two steps see the same sampling noise."""
     args, updates = small_args(script, num_envs=32), 3
     env, _ = build(script, args)
     agent, keys, refresh_keys = UniformAgent(), {}, []
@@ -372,12 +375,21 @@ def test_noise_differs_from_update_to_update(script, monkeypatch):
         keys["runner", number] = np.asarray(jax.random.key_data(runner.key))
         if number < updates:
             runner, *_ = update(runner)
+
+    def evaluate(env, agent, params, key, greedy):
+        for i, each in enumerate((key, *jax.random.split(key))):
+            note(f"evaluation {i}", greedy, each)
+        return {}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    script.report(dataclasses.replace(args, seed=5), env, agent, jnp.zeros(1), tmp_path, None)
     jax.effects_barrier()
     _, time, env_keys, actions = runner.env_state
-    assert time == updates * args.num_steps and len(keys) == 1 + 3 * updates + 1
+    assert time == updates * args.num_steps and len(keys) == 1 + 3 * updates + 1 + 2 * 3
     assert len(refresh_keys) == updates
-    everything = np.concatenate([np.stack([*keys.values(), *refresh_keys]), env_keys])
-    assert len(np.unique(everything, axis=0)) == len(everything) == len(keys) + updates * (1 + args.num_steps)
+    of_init = jax.random.key_data(jax.random.split(jax.random.key(5), 3))[:2]  # the third is the runner's
+    everything = np.concatenate([np.stack([*keys.values(), *refresh_keys]), of_init, env_keys])
+    assert len(np.unique(everything, axis=0)) == len(everything) == len(keys) + 2 + updates * (1 + args.num_steps)
 
     # 32 actions out of four: two steps are equal by chance with probability 4^-32.
     assert len(np.unique(actions, axis=0)) == len(actions)
@@ -386,6 +398,31 @@ def test_noise_differs_from_update_to_update(script, monkeypatch):
     sample = quick_jit(jax.vmap(lambda key: jax.random.categorical(key, jnp.zeros((args.num_envs, 4)))))
     of_keys = np.asarray(sample(jax.random.wrap_key_data(everything)))
     assert not (of_keys[:, None] == actions).all(-1).any()
+
+
+@pytest.mark.parametrize("name", slow_but([x for x in SCRIPTS if f"{x}.py" in sync.PROJECT], QUICK))
+def test_initial_heads(name):
+    """Kernels of the heads are orthogonal: hidden layers of actor and critic, policy, value. Biases are 0, except for
+    the value's on the T-Maze."""
+    args, params = played_by(name).args, played_by(name).initial_params["params"]
+    gains = (2, 2, 0.01, 1) if name in CRAFTAX else (2**0.5, 2**0.5, 0.1 if name in TMAZE else 2**0.5, 2**0.5)
+    layers = [float64(params[f"Dense_{i}"]) for i in range(4)]
+    sizes = [layer["bias"].size for layer in layers]
+    assert sizes[:2] == [args.d_actor, args.d_critic] and sizes[3] == 1
+    for layer, gain in zip(layers, gains, strict=True):
+        np.testing.assert_allclose(np.linalg.svd(layer["kernel"], compute_uv=False), gain, rtol=1e-4)
+    assert not any(layer["bias"].any() for layer in layers[:3])
+    assert layers[3]["bias"] == getattr(args, "initial_value", 0)
+
+
+@pytest.mark.parametrize("name", slow_but(SCRIPTS, QUICK))
+def test_an_update_is_compiled_once(name):
+    """It returns a runner of the types that it takes, also weak ones, so the second update is not compiled again."""
+    init, update = bind(load(name), tiny_args(load(name)))
+    first = jax.eval_shape(init, jax.random.key(0))
+    second, *_ = jax.eval_shape(update, first)
+    types = lambda runner: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(runner)]
+    assert types(first) == types(second)
 
 
 @pytest.mark.parametrize("name", TMAZE)
@@ -549,18 +586,18 @@ def test_another_optimizer_trains(script, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------- Flags
 def unread_fields(source: str) -> set[str]:
-    """Fields of Args that nothing reads as args.x or self.x; checking a field (__post_init__) is not reading."""
+    """Fields of Args that nothing reads as args.x, self.args.x, or within Args as self.x; checking a field
+    (__post_init__) is not reading."""
     tree = ast.parse(source)
     cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
     fields = {node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)}
     cls.body = [node for node in cls.body if getattr(node, "name", "") != "__post_init__"]
-    owners = ("args", "self", "self.args")
-    read = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and ast.unparse(node.value) in owners
-    }
-    return fields - read
+
+    def read(tree: ast.AST, *owners: str) -> set[str]:
+        loads = [x for x in ast.walk(tree) if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Load)]
+        return {x.attr for x in loads if ast.unparse(x.value) in owners}
+
+    return fields - read(tree, "args", "self.args") - read(cls, "self")
 
 
 @pytest.mark.parametrize("name", SCRIPTS + MEMORYMAZE)

@@ -2,6 +2,7 @@
 the length of the corridor. Results are compared with without_memory.py and random_policy.py."""
 
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from common import FIRST, assert_close, build, load, quick_jit, random_observati
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import random_policy
+import results
 import without_memory
 from corridors import Run, alone, best
 from results import interval, main, recent, solved_at
@@ -21,6 +23,12 @@ from results import interval, main, recent, solved_at
 def rows_of(*updates):
     names = ("charts/episodes", "charts/success_rate", "global_step", "elapsed")
     return [dict(zip(names, (*update, 100 * i, 60 * i), strict=True)) for i, update in enumerate(updates, 1)]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(results.__file__).parent.glob("*.py")))
+def test_benchmarks_find_what_they_import(name):
+    """The names that they take from scripts and environments exist."""
+    importlib.import_module(name)
 
 
 def test_solved_needs_two_hundred_episodes():

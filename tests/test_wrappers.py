@@ -323,9 +323,12 @@ def test_a_stack_draws_its_first_environment(wrap):
 
 
 def test_a_video_is_one_episode(tmp_path):
-    """The policy is called once per step, with its last memory, and with a reset only at the beginning."""
+    """The policy is called once per step, with its last memory, and with a reset only at the beginning. The episode is
+    not one that a script with the same seed begins with."""
     env = VectorEnv(AutoReset(EpisodeStatistics(TMaze(2, max_episode_steps=7))), 1)
-    seen = []
+    seen, reset_keys, reset = [], [], env.reset
+    note = lambda words: reset_keys.append(words.tolist())
+    env.reset = lambda key, params: jax.debug.callback(note, jax.random.key_data(key)) or reset(key, params)
 
     def policy(obs, reset, memory):
         assert obs.shape == (1, 1, 16) and reset.shape == (1, 1)
@@ -335,6 +338,8 @@ def test_a_video_is_one_episode(tmp_path):
     path = tmp_path / "folder" / "episode.gif"
     record_video(env, policy, jnp.int32(0), 1, path)
     jax.effects_barrier()
+    of_training = jax.random.key_data(jax.random.split(jax.random.key(1), 100)).tolist()
+    assert len(reset_keys) == 1 and reset_keys[0] not in of_training
     assert seen == [(t == 0, t) for t in range(7)], "it walks to the junction, and then into the wall until the limit"
     with Image.open(path) as video:
         assert video.n_frames <= 7 and min(video.size) > 100  # equal images become one that lasts longer

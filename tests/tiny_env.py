@@ -12,7 +12,8 @@ ACTIONS = STEP, WAIT, RAISE, RAISE_UNPICKLABLE, EXIT, LOOP = range(6)
 
 
 class Tiny(gymnasium.Env):
-    """Observation (2,): the step within the episode, and the episode's number. It ends after `length` steps."""
+    """Observation (2,): the step within the episode, and the episode's number. It ends after `length` steps: even
+    episodes are truncated, odd ones terminated."""
 
     observation_space = spaces.Box(0, 1e6, (2,), np.float32)
     action_space = spaces.Discrete(len(ACTIONS))
@@ -39,7 +40,8 @@ class Tiny(gymnasium.Env):
         while action == LOOP:
             pass
         self.steps += 1
-        return self._obs(), 0.5, False, self.steps == self.length, {"steps": self.steps}
+        ends = [self.steps == self.length and self.episode % 2 == odd for odd in (1, 0)]
+        return self._obs(), 0.5, *ends, {"steps": self.steps}
 
     def _obs(self):
         return np.array([self.steps, self.episode], np.float32)
