@@ -37,7 +37,6 @@ import wandb
 from flax.linen.initializers import constant, orthogonal
 from flax.training.train_state import TrainState
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 from tqdm import tqdm
@@ -182,8 +181,8 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
         return jnp.stack([jax.lax.slice_in_dim(x, start, start + size, axis=axis) for start in range(0, T, C)])
 
     q, tokens, episode = blocks(q, C), blocks(tokens, M + C, axis=1), blocks(episode, M + C)
-    # einsum takes the cheaper order: in a rollout mostly tokens Wk first, which are the keys; in a single step q Wk, so
-    # that acting does not compute the keys of its whole window again in each step. Likewise with Wv below.
+    # einsum takes the cheaper order: over T steps (learning) mostly tokens Wk first, which are the keys; in one step
+    # (acting) q Wk, so that the keys of the whole window are not computed again in each step. Likewise with Wv below.
     content = jnp.einsum("nibhd,nbjD,Dhd->nbhij", q + content_bias, tokens, Wk)  # (N, B, H, C, M + C)
 
     # In a block, key M + i is query i's own step. Column m of by_offset is for key i + m, at distance M - m, so row i
@@ -240,8 +239,7 @@ class GTrXL(nn.Module):
 
         x = nn.relu(nn.Dense(args.d_model, name="embedding")(x))  # (T, B, D)
         normalise, inputs = nn.LayerNorm(use_scale=False, use_bias=False, name="normalise"), []
-        for i in range(args.num_layers):
-            past = jax.lax.stop_gradient(memory.inputs[i])  # (B, M, D); constant, as published
+        for past in jax.lax.stop_gradient(memory.inputs):  # (B, M, D) each; constant, as published
             tokens = jnp.concatenate([past, jnp.swapaxes(normalise(x), 0, 1)], axis=1)  # (B, M + T, D)
             inputs.append(tokens[:, -M:])
             y = GTrXLAttention(args)(x, tokens, episode, *biases)
@@ -499,38 +497,38 @@ def make_shardings(args: Args):
     count = jax.device_count() if by_seed else math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
     if count < jax.device_count():
         print(f"Using {count} of {jax.device_count()} devices: --num-envs / --num-minibatches is not divisible by more")
-    mesh = jax.make_mesh((count,), ("device",), (AxisType.Auto,), devices=jax.devices()[:count])
-    sharded = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
     runner = sharded("device") if by_seed else RunnerState(sharded(), sharded(), *[sharded(None, "device")] * 4)
     return runner, sharded(), sharded()
 
 
 def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
-    """Restores the newest readable checkpoint; `like` is a state of these shapes -> number of its update, state."""
+    """Restores the newest readable checkpoint with the types and devices of `like` -> number of its update, state."""
     arrays = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, like)
-    name_of = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    types_of = lambda tree: {name_of(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree.leaves_with_path(tree)}
+    types_of = lambda tree: {k: f"{x.dtype}{list(x.shape)}" for k, x in ocp.tree.to_flat_dict(tree, sep="/").items()}
+    here = types_of(arrays)
     for number in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            saved, here = types_of(checkpoints.item_metadata(number)), types_of(arrays)
+            saved = types_of(checkpoints.item_metadata(number))
             if saved == here:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
         except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
             print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
-            continue
-        name = next(name for name in here | saved if saved.get(name) != here.get(name))
-        types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
+        else:
+            name = next(name for name in here | saved if saved.get(name) != here.get(name))
+            types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
     raise SystemExit(f"{checkpoints.directory} has no checkpoint that can be read: start the run again")
 
 
 def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.DictWriter:
-    """Starts metrics.csv with the rows of an earlier part of the run. The old file stays until the new one is whole."""
+    """Starts metrics.csv with the rows of an earlier part of the run, if there was one -> a writer of more rows."""
     file = path.with_suffix(".new").open("w", buffering=1, newline="")  # written line by line
     writer = csv.DictWriter(file, dict.fromkeys(columns) | (earlier or [{}])[0])  # also columns that only old rows have
     writer.writeheader()
     writer.writerows(earlier)
-    path.with_suffix(".new").replace(path)
+    path.with_suffix(".new").replace(path)  # the old file stays until the new one is whole
     return writer
 
 
@@ -590,8 +588,9 @@ def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
-        for rows in [table[table["seed"] == seed] for seed in np.unique(table["seed"])]:
-            axis.plot(rows["global_step"], rows[name], label=f"seed {rows['seed'][0]:.0f}")
+        for seed in np.unique(table["seed"]):
+            rows = table[table["seed"] == seed]
+            axis.plot(rows["global_step"], rows[name], label=f"seed {seed:.0f}")
     axis.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
@@ -629,9 +628,8 @@ def main(args: Args) -> None:
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
 
     existing, chief, tracker = args.resume or args.evaluate, jax.process_index() == 0, None
-    now = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # all processes share a folder
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now[0]}.{now[1]:09}"
-    run_dir = Path(existing or f"{args.runs_dir}/{name}").absolute()
+    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # alike in all processes; no int64
+    run_dir = Path(existing or f"{args.runs_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{s}.{ns:09}").absolute()
     try:
         if chief and args.track:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
@@ -648,9 +646,8 @@ def main(args: Args) -> None:
         start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
-        params = jax.jit(lambda x: x, out_shardings=shardings[1])(runner.train_state.params)  # whole on each device
+        params = process_allgather(runner.train_state.params, tiled=True)  # whole arrays, of numpy
         if chief:
-            params = jax.tree.map(np.asarray, params)
             plot_learning_curves(run_dir, headline)
             report(args, make_env(args, args.eval_episodes, evaluation=True), agent, params, run_dir, tracker)
             if args.capture_video:

@@ -214,12 +214,12 @@ def test_an_environment_of_your_own_plays():
     assert done.all() and (reward == 1).all() and info["success"].all()
 
 
-def test_a_gymnax_environment_is_adapted():
+def test_a_gymnax_environment_is_adapted(monkeypatch):
     """The adapter calls gymnax's functions without automatic reset. gymnax itself is not installed here."""
-    gymnax, names = mock.Mock(), {}
-    inner = mock.Mock()
+    gymnax, inner, names = mock.Mock(), mock.Mock(), {}
     gymnax.make.return_value = inner, "params"
-    exec(block_with("class Gymnax:"), {"gymnax": gymnax}, names)
+    monkeypatch.setitem(sys.modules, "gymnax", gymnax)
+    exec(block_with("class Gymnax:"), names)
     env = names["Gymnax"]("CartPole-v1")
     gymnax.make.assert_called_once_with("CartPole-v1")
     assert env.default_params == "params" and env.action_space is inner.action_space

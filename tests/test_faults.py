@@ -214,7 +214,7 @@ EDITS = {  # how a user edits the script, and the first difference
         "Dense_2/bias is float32[1, 4] there and float32[1, 16]",
     ),
     "no memory": (HIDDEN, "x = obs", "there and missing"),
-    "another type": ("jnp.ones(B, jnp.int32)", "jnp.ones(B, jnp.int16)", "tick is int32[1, 8] there and int16[1, 8]"),
+    "another type": ("jnp.ones(B, jnp.int32)", "jnp.ones(B, jnp.int16)", "tick is int32[1, 4] there and int16[1, 4]"),
     "another optimizer": (ADAM, "optax.sgd(args.learning_rate_at, momentum=0.9)", "opt_state/"),
 }
 
