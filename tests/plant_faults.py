@@ -137,6 +137,13 @@ FAULTS = {
         TMAZE, "dataclasses.replace(args, logit_noise=0.0)", "args",
         "tests/test_cli.py::test_evaluations_have_no_exploration_noise[ppo_agalite_tmaze]"
     ),
+    "an evaluation shares keys with the training": (
+        TMAZE, '"greedy"), start=3)', '"greedy"), start=1)', "tests/test_ppo.py -k noise_differs"
+    ),
+    "the seed is not read": (
+        TMAZE, "shardings[0])(args.seed + jnp", "shardings[0])(jnp",
+        "tests/test_cli.py::test_the_seed_decides_what_is_drawn[ppo_agalite_tmaze]"
+    ),
     "workers are started before the signals are blocked": (
         "envs/workers.py", "signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)\n\n    def", "pass\n\n    def",
         "tests/test_workers.py -k signals"
