@@ -8,8 +8,8 @@ Maze (Pasukonis et al., ICLR 2023). The memory is AGaLiTe (Pramanik et al., TMLR
 report results on Memory Maze, but published no code for it. It is trained with PPO (Schulman et al. 2017).
 
 What to learn here: how to train with environments that are CPU processes. The rollout is a loop on the host, in Python
-(`host_rollout`); only acting and learning are compiled (`act`, `learn_from`). Mazes are not part of a checkpoint.
-Model and learning are those of ppo_agalite_tmaze.py. To compare memories, `diff` this file with ppo_lstm_memorymaze.py.
+(`host_rollout`); only acting and learning are compiled (`act`, `learn_from`). A resumed run starts in new mazes. Memory
+and learning are those of ppo_agalite_tmaze.py. To compare memories, `diff` this file with ppo_lstm_memorymaze.py.
 The defaults, 100M steps, were not run; docs/memorymaze.md has results of small agents on one CPU core.
 
 Axes, time first: T time steps, B environments, A actions, D d_model, H heads, d d_head, e eta, F cosines.
@@ -67,7 +67,7 @@ class Args:
     env_id: str = "MemoryMaze-9x9-v0"  # name of the environment (also 11x11, 13x13, 15x15; 3 to 6 objects)
 
     # The model
-    num_channels: int = 16  # channels of the encoder's first convolution (and first stage; twice as many in the others)
+    num_channels: int = 16  # channels of the encoder's first convolution (and stage; the other two have twice as many)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
@@ -75,11 +75,11 @@ class Args:
     num_heads: int = 4  # attention heads H
     eta: int = 4  # expansion e of keys and queries, from d to e * d (published on Mystery Path: 4 and 8)
     r: int = 2  # number of cosine frequencies
-    chrono_steps: float = 1.0  # gates start with memories of 1 to this many steps (1: as published)
+    chrono_steps: float = 1.0  # gates start so that values last 1 to this many steps (1: as published)
     d_actor: int = 256  # hidden width of the policy head
     d_critic: int = 256  # hidden width of the value head
 
-    # PPO. Nobody has published settings for Memory Maze: these are those of Mystery Path, with fewer environments
+    # PPO. We found no published settings for Memory Maze: these are those of Mystery Path, with fewer environments
     num_envs: int = 32  # parallel environments B (each is a process; Mystery Path: 128)
     num_steps: int = 128  # steps T of a rollout, and of backpropagation through time
     learning_rate: float = 2.5e-4  # of Adam
@@ -91,7 +91,7 @@ class Args:
     update_epochs: int = 3  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # clipping range of the ratio
-    clip_vloss: bool = False  # clip the value loss as well
+    clip_vloss: bool = False  # also clip the change of the value, to clip_coef
     ent_coef: float = 3e-4  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 5.0  # gradients are clipped to this norm
@@ -100,9 +100,9 @@ class Args:
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
     def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreased linearly, once per update."""
+        """The learning rate of gradient step `step`: constant, or decreased linearly to 0, once per update."""
         update = step // (self.update_epochs * self.num_minibatches)
-        return self.learning_rate * (1 - update / self.num_updates if self.anneal_lr else 1.0)
+        return self.learning_rate * (1 - update / self.num_updates) if self.anneal_lr else self.learning_rate
 
     def __post_init__(self):
         sizes = "checkpoint_interval eval_episodes num_layers d_model d_head d_ffc num_heads eta r chrono_steps"
@@ -123,7 +123,7 @@ class Args:
 
 def make_env(args: Args, index: int = 0):
     """-> a function that makes environment `index`. Each worker calls it in its process."""
-    steps = MAX_STEPS[args.env_id.split("-")[1]]
+    steps = MAX_STEPS[args.env_id.split("-")[1]]  # the key is 9x9 in MemoryMaze-9x9-v0
     # All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
     make = functools.partial(gymnasium.make, f"envs.memorymaze:{args.env_id}", disable_env_checker=True)
@@ -137,7 +137,7 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 class GRUGate(nn.Module):
     """GTrXL's gate in place of the residual sum x + y (Parisotto et al. 2020, eq. 6). x, y (T, B, D) -> (T, B, D)."""
 
-    kernel_init: Any = orthogonal(math.sqrt(2))
+    kernel_init: Any = orthogonal(math.sqrt(2))  # the scripts with GTrXL choose another
 
     @nn.compact
     def __call__(self, x, y):
@@ -162,20 +162,20 @@ class LayerMemory(NamedTuple):
 
 class Memory(NamedTuple):
     tick: jax.Array  # (B,) int32, the time t in cos(w t), modulo a period; as published, an episode starts at t = 2
-    layers: tuple[LayerMemory, ...]
+    layers: tuple[LayerMemory, ...]  # one for each layer
 
 
 def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, beta, gamma, p1, p2, p3):
     """AGaLiTe's recurrence (Algorithm 2 of the paper) -> memory after the last step, out (T, B, H, d).
 
         norm_t   = (1 - gamma_t) norm_{t-1}   + gamma_t k_t                    (B, H, e, d)
-        keys_t   = (1 - gamma_t) keys_{t-1}   + gamma_t k_t cos(w t)           (B, F, H, e, d), one for each frequency w
-        values_t = (1 - beta_t)  values_{t-1} + beta_t  v_t cos(w t)           (B, F, H, d)
-        out_t    = sum_w values_t (keys_t . q_t) / (2 r norm_t . q_t + 1e-5)   (B, H, d)
+        keys_t   = (1 - gamma_t) keys_{t-1}   + gamma_t k_t cos(w t)           (B, F, H, e, d), one for each cosine
+        values_t = (1 - beta_t)  values_{t-1} + beta_t  v_t cos(w t)           (B, F, H, d), one for each cosine
+        out_t    = sum_w values_t (keys_t . q_t) / (2 r norm_t . q_t + 1e-5)   (B, H, d), summed over r frequencies w
 
     k, q and gamma (T, B, H, d) are expanded to (T, B, H, e, d) by outer products with p1, p2 and p3, in this order.
     Inputs: k, q, v, beta, gamma (T, B, H, d) and p1, p2, p3 (T, B, H, e) after their activations; cos (T, B, F);
-    weight (F,), how many of the r frequencies share a cosine; reset (T, B), true where an episode starts.
+    weight (F,), how many of the r frequencies share a cosine; reset (T, B): where true, what was before t counts as 0.
 
     Time is cut into chunks of C steps. The forward pass keeps only the memory before each chunk; the backward pass
     computes a chunk again (jax.checkpoint). On a CPU a chunk is a loop over its steps, which fit into the cache. On a
@@ -195,7 +195,7 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
 
     def attend(memory, inputs):  # one step on a CPU; on a GPU a chunk, whose shapes start with an axis C
         reset, cos, k, q, v, beta, gamma, p1, p2, p3 = inputs
-        keep = 1.0 - reset[..., None, None]  # (B, 1, 1)
+        keep = 1.0 - reset[..., None, None]  # (B, 1, 1), 0 where an episode starts: the memory before it is forgotten
         gamma = expand(p3, gamma)  # (B, H, e, d)
         new_k, new_v = gamma * expand(p1, k), beta * v  # (B, H, e, d), (B, H, d)
         decay, value_decay = (1 - gamma) * keep[..., None], (1 - beta) * keep
@@ -207,13 +207,13 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
         out = jnp.einsum("...fh,...fhd->...hd", score, values) / total[..., None]  # (B, H, d)
         return jax.tree.map(lambda x: x if on_cpu else x[-1], LayerMemory(keys, values, norm)), out
 
-    def cut(x):  # (T, ...) -> (T / C, C, ...); zeros fill the last chunk, where gates of 0 leave the memory as it is
+    def cut(x):  # (T, ...) -> (N, C, ...); zeros fill the last of N chunks, where gates of 0 leave the memory as it is
         return jnp.pad(x, [(0, -T % C)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, C, *x.shape[1:])
 
     inputs = jax.tree.map(cut, (reset, cos, k, q, v, beta, gamma, p1, p2, p3))
-    chunk = functools.partial(jax.lax.scan, attend) if on_cpu else attend
+    chunk = functools.partial(jax.lax.scan, attend) if on_cpu else attend  # -> memory, out (C, B, H, d)
     memory, out = jax.lax.scan(jax.checkpoint(chunk), memory, inputs)
-    return memory, out.reshape(-1, *v.shape[1:])[:T]
+    return memory, out.reshape(-1, *v.shape[1:])[:T]  # without the steps that fill the last chunk
 
 
 class AGaLiTeAttention(nn.Module):
@@ -227,7 +227,7 @@ class AGaLiTeAttention(nn.Module):
         H, d, e = self.args.num_heads, self.args.d_head, self.args.eta
 
         def gates_bias_init(key, shape):
-            """Gates of 1 / (1 + s), with which values last for about s steps (Tallec and Ollivier 2018)."""
+            """Gates of sigmoid(-log s) = 1 / (1 + s): values last for about s steps (Tallec and Ollivier 2018)."""
             steps = jax.random.uniform(key, (2 * H * d,), minval=1.0, maxval=self.args.chrono_steps)  # beta, gamma
             return jnp.zeros(shape).at[3 * H * d :].set(-jnp.log(steps))
 
@@ -248,12 +248,12 @@ class AGaLiTe(nn.Module):
 
     @nn.compact
     def __call__(self, x, reset, memory: Memory):
-        # The w of cos(w t). As cos(-x) = cos(x), half are enough: each counts twice, but the middle of odd r once.
+        # The w of cos(w t). As cos(-x) = cos(x), half are enough: each counts twice, but 0, the last of odd r, once.
         frequencies = jnp.linspace(-jnp.pi, jnp.pi, self.args.r)[: (self.args.r + 1) // 2]  # (F,)
         weight = jnp.full(len(frequencies), 2.0).at[self.args.r // 2 :].set(1.0)
 
         def count(tick, reset):
-            tick = jnp.where(reset, 2, tick + 1) % max(2 * self.args.r - 2, 2)  # modulo one period: cos stays exact
+            tick = jnp.where(reset, 2, tick + 1) % max(2 * self.args.r - 2, 2)  # w is a multiple of pi / (r - 1)
             return tick, tick
 
         tick, ticks = jax.lax.scan(count, memory.tick, reset)  # (B,), (T, B)
@@ -271,7 +271,7 @@ class AGaLiTe(nn.Module):
 
 
 class Conv3x3(nn.Module):
-    """A 3 x 3 convolution as a product, (..., H, W, C) -> (..., H, W, features). XLA's are slow in a loop on a CPU."""
+    """A 3 x 3 convolution as a product, (..., H, W, C) -> (..., H, W, features). On a CPU, XLA's is slow in a loop."""
 
     features: int
 
@@ -280,13 +280,13 @@ class Conv3x3(nn.Module):
         *shape, W, C = x.shape
         kernel = self.param("kernel", lecun_normal(), (9 * C, self.features))
         bias = self.param("bias", constant(0.0), (self.features,))
-        pad = lambda x, *widths: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [*widths, (0, 0)])
+        pad = lambda x, rows, columns: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [rows, columns, (0, 0)])
         x = pad(x, (0, 0), (1, 1))
-        rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C)
+        rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C): left, here, right
         if jax.default_backend() == "cpu":
             rows = rows.reshape(-1, 3 * C)  # XLA computes the kernel's gradient twice as fast if these are a matrix
         y = (rows @ jnp.hstack(jnp.split(kernel, 3))).reshape(*shape, W, -1)  # (..., H, W, 3 features)
-        down, here, up = jnp.split(y, 3, axis=-1)  # what a pixel adds below it, to itself, above it
+        down, here, up = jnp.split(y, 3, axis=-1)  # what a pixel adds to those below, itself, those above
         return pad(down[..., :-1, :, :], (1, 0), (0, 0)) + here + pad(up[..., 1:, :, :], (0, 1), (0, 0)) + bias
 
 
@@ -311,7 +311,7 @@ class ImpalaEncoder(nn.Module):
                 y = Conv3x3(features)(nn.relu(x))
                 x = x + Conv3x3(features)(nn.relu(y))
         x = nn.relu(x).reshape(*x.shape[:2], -1)  # (T, B, 8 * 8 * 2 * channels)
-        # IMPALA's initial kernels. With a gain of sqrt(2), features are so large that an LSTM's gates start saturated.
+        # IMPALA's initial kernels. With a gain of sqrt(2), features are so large that the LSTM's gates saturate.
         return nn.relu(nn.Dense(256, kernel_init=lecun_normal())(x))
 
 
@@ -320,7 +320,7 @@ def in_pieces(encoder: nn.Module, obs):
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]
-    steps = math.gcd(T, max(8 // B, 1))  # per piece
+    steps = math.gcd(T, max(8 // B, 1))  # per piece; divides T
     encode = nn.remat(lambda encoder, carry, obs: (carry, encoder(obs)))  # computed again in the backward pass
     scan = nn.scan(encode, variable_broadcast="params", split_rngs={"params": False})
     _, x = scan(encoder, None, obs.reshape(T // steps, steps, B, *obs.shape[2:]))  # (T / steps, steps, B, n)
@@ -337,14 +337,14 @@ class ActorCritic(nn.Module):
     def initial_memory(self, B: int) -> Memory:
         H, d, e, F = self.args.num_heads, self.args.d_head, self.args.eta, (self.args.r + 1) // 2
         layer = LayerMemory(jnp.zeros((B, F, H, e, d)), jnp.zeros((B, F, H, d)), jnp.zeros((B, H, e, d)))
-        return Memory(jnp.ones(B, jnp.int32), (layer,) * self.args.num_layers)
+        return Memory(jnp.ones(B, jnp.int32), (layer,) * self.args.num_layers)  # any tick: the first reset sets it
 
     @nn.compact
     def __call__(self, obs, reset, memory: Memory):
         x = in_pieces(ImpalaEncoder(self.args.num_channels, name="encoder"), obs)  # (T, B, 256)
         x, memory = AGaLiTe(self.args)(x, reset, memory)  # (T, B, D)
         actor, critic = nn.tanh(dense(self.args.d_actor)(x)), nn.tanh(dense(self.args.d_critic)(x))
-        # Rewards are rare, so the first policy is nearly uniform and the first value nearly 0.
+        # With a gain of 0.01 the first policy is nearly uniform and the first value nearly 0, as fits rare rewards.
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(actor)  # (T, B, A)
         value = nn.Dense(1, kernel_init=orthogonal(0.01))(critic).squeeze(-1)  # (T, B)
         return logits, value, memory
@@ -400,15 +400,15 @@ def host_rollout(args: Args, envs, act_fn, current, key: jax.Array):
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset = next_obs, done
         if done.any():
-            counts = done & ~infos["final_info"].get("shortened", np.False_)  # see make_env
+            counts = done & ~infos["final_info"].get("shortened", np.False_)  # not those that make_env shortened
             episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
     _, _, last_value, _ = act_fn(key, obs, reset, memory)  # its action is not used
-    transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)
+    transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)  # T times (B, ...) -> (T, B, ...)
     return (obs, reset, memory), transitions, last_value, episodes
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, without bootstrapping."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: 0 follows, as published."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -422,7 +422,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on the rollouts of a minibatch, recomputed from the memory before them -> loss, metrics."""
+    """PPO's clipped loss on rollouts (T, G, ...), recomputed from the memory before them (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -442,7 +442,7 @@ def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage,
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx.html
         "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
     }
 
@@ -451,15 +451,15 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
     memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
-    Environments form G groups of K = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    Environments form G groups of K = num_minibatches neighbours. A minibatch has G environments, one of each group. So
     if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
     G, K = args.num_envs // args.num_minibatches, args.num_minibatches
     batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, K, *x.shape[2:]), batch)
     memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
-    def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] crosses devices
+    def minibatch_step(train_state, chosen):  # chosen (G,): which of the K environments of each group
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); by vmap, within each device
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -468,7 +468,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 
     def epoch_step(train_state, key):
         order = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(key, G))  # (G, K)
-        return jax.lax.scan(minibatch_step, train_state, order.T)
+        return jax.lax.scan(minibatch_step, train_state, order.T)  # one column of order for each minibatch
 
     train_state, metrics = jax.lax.scan(epoch_step, train_state, jax.random.split(key, args.update_epochs))
     return train_state, jax.tree.map(jnp.mean, metrics)
@@ -491,14 +491,14 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
     act_fn, (_, _, start_memory) = functools.partial(act_jit, train_state.params, False), current  # False: not greedy
     current, transitions, last_value, episodes = host_rollout(args, envs, act_fn, current, rollout_key)
     train_state, metrics = learn_jit(train_state, learn_key, start_memory, transitions, last_value)
-    returns, lengths = np.mean(episodes or [(0.0, 0.0)], axis=0)
-    outcomes = {"charts/episodic_return": returns, "charts/episodic_length": lengths}
+    mean_return, mean_length = np.mean(episodes or [(0.0, 0.0)], axis=0)  # `train` shows none if no episode ended
+    outcomes = {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
     return current, train_state, metrics | {"charts/episodes": len(episodes)}, outcomes
 
 
 def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
     """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
-    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # no gradient step has this number
+    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # host_update folds in gradient steps, all below
     current, episodes = begin_episodes(args, envs, initial_memory, 1), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
@@ -511,7 +511,7 @@ def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
 
-    def run_dir_flag(resume: str = "", evaluate: str = "") -> str:
+    def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate
 
     run_dir, _ = tyro.cli(run_dir_flag, args=argv, add_help=False, return_unknown_args=True)
@@ -522,8 +522,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
-    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # not part of the computation
-    free += "" if saved.anneal_lr else " total_timesteps"  # on which an annealed learning rate depends
+    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # these may change
+    free += "" if saved.anneal_lr else " total_timesteps"  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
@@ -542,7 +542,7 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
         except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
             print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
-        else:
+        else:  # readable, but not what `like` is
             name = next(name for name in here | saved if saved.get(name) != here.get(name))
             types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
             raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
@@ -562,8 +562,8 @@ def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.Dic
 def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
     """Runs updates start + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
     signals, writer, steps, chief = [], None, args.batch_size, jax.process_index() == 0
-    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # the next one kills
-    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # a second one kills
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
     noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
@@ -574,7 +574,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
-        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, of S seeds
+        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, on the host
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}
@@ -592,7 +592,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
         if metrics["charts/episodes"].all():  # else there is no mean to show
             bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
-        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # stops all processes alike
+        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # a signal to one stops all
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
                 for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # `restore` passed over them
@@ -651,10 +651,10 @@ def main(args: Args) -> None:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
 
-        # Axis B is spread over the devices, whose number divides that of the groups (see `learn`).
+        # Axis B is spread over `count` devices, a number that divides the groups of `learn`.
         count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
         mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
-        sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
+        sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
         replicated, by_env, by_time = sharded(), sharded("device"), sharded(None, "device")
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
         of_act = (replicated,) * 3 + (by_env,) * 3  # params, greedy, key; obs, reset, memory
@@ -674,7 +674,7 @@ def main(args: Args) -> None:
         if not args.evaluate:
             current = begin_episodes(args, envs, initial_memory, 0, start)
 
-            def update(train_state):  # a checkpoint cannot hold the mazes, so `current` is not part of its state
+            def update(train_state):  # `current` stays outside of the state: a checkpoint cannot hold mazes
                 nonlocal current
                 current, *result = host_update(args, envs, act_jit, learn_jit, current, train_state)
                 return result

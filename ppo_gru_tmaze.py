@@ -84,7 +84,7 @@ class Args:
     update_epochs: int = 1  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch (published: no)
     clip_coef: float = 0.2  # clipping range of the ratio
-    clip_vloss: bool = False  # clip the value loss as well
+    clip_vloss: bool = False  # also clip the change of the value, to clip_coef
     ent_coef: float = 0.01  # weight of the entropy bonus (published, for A2C: 0.01)
     vf_coef: float = 0.05  # weight of the value loss (published: 1 in this convention)
     max_grad_norm: float = 0.5  # gradients are clipped to this norm
@@ -93,9 +93,9 @@ class Args:
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
     def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreased linearly, once per update."""
+        """The learning rate of gradient step `step`: constant, or decreased linearly to 0, once per update."""
         update = step // (self.update_epochs * self.num_minibatches)
-        return self.learning_rate * (1 - update / self.num_updates if self.anneal_lr else 1.0)
+        return self.learning_rate * (1 - update / self.num_updates) if self.anneal_lr else self.learning_rate
 
     def __post_init__(self):
         sizes = "num_seeds checkpoint_interval eval_episodes hidden_size d_actor d_critic"
@@ -110,7 +110,7 @@ class Args:
                     raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bound}")
         if self.num_envs % self.num_minibatches:
             raise ValueError(f"--num-envs {self.num_envs}: not divisible by --num-minibatches {self.num_minibatches}")
-        make_env(self, 1)  # checks its own arguments
+        make_env(self, 1)  # raises ValueError for impossible arguments of the environment
 
 
 def make_env(args: Args, num_envs: int) -> VectorEnv:
@@ -254,7 +254,7 @@ def rollout(args: Args, env, runner: RunnerState, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, without bootstrapping."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: 0 follows, as published."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -268,7 +268,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on the rollouts of a minibatch, recomputed from the memory before them -> loss, metrics."""
+    """PPO's clipped loss on rollouts (T, G, ...), recomputed from the memory before them (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -288,7 +288,7 @@ def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage,
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx.html
         "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
     }
 
@@ -297,15 +297,15 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
     memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
-    Environments form G groups of K = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    Environments form G groups of K = num_minibatches neighbours. A minibatch has G environments, one of each group. So
     if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
     G, K = args.num_envs // args.num_minibatches, args.num_minibatches
     batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, K, *x.shape[2:]), batch)
     memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
-    def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] crosses devices
+    def minibatch_step(train_state, chosen):  # chosen (G,): which of the K environments of each group
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); by vmap, within each device
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -314,7 +314,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 
     def epoch_step(train_state, key):
         order = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(key, G))  # (G, K)
-        return jax.lax.scan(minibatch_step, train_state, order.T)
+        return jax.lax.scan(minibatch_step, train_state, order.T)  # one column of order for each minibatch
 
     train_state, metrics = jax.lax.scan(epoch_step, train_state, jax.random.split(key, args.update_epochs))
     return train_state, jax.tree.map(jnp.mean, metrics)
@@ -363,7 +363,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
 def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
 
-    def run_dir_flag(resume: str = "", evaluate: str = "") -> str:
+    def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate
 
     run_dir, _ = tyro.cli(run_dir_flag, args=argv, add_help=False, return_unknown_args=True)
@@ -374,8 +374,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
-    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # not part of the computation
-    free += "" if saved.anneal_lr else " total_timesteps"  # on which an annealed learning rate depends
+    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # these may change
+    free += "" if saved.anneal_lr else " total_timesteps"  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
@@ -383,13 +383,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def make_shardings(args: Args):
-    """How devices share what `update` returns: seeds (axis 0) if these divide evenly, else environments (axis 1)."""
+    """-> shardings of what `update` returns: over seeds (axis 0) if these divide evenly, else environments (axis 1)."""
     by_seed = args.num_seeds % jax.device_count() == 0
     count = jax.device_count() if by_seed else math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
     if count < jax.device_count():
         print(f"Using {count} of {jax.device_count()} devices: --num-envs / --num-minibatches is not divisible by more")
     mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
-    sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
+    sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
     runner = sharded("device") if by_seed else RunnerState(sharded(), sharded(), *[sharded(None, "device")] * 4)
     return runner, sharded(), sharded()
 
@@ -406,7 +406,7 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
         except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
             print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
-        else:
+        else:  # readable, but not what `like` is
             name = next(name for name in here | saved if saved.get(name) != here.get(name))
             types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
             raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
@@ -426,8 +426,8 @@ def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.Dic
 def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
     """Runs updates start + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
     signals, writer, steps, chief = [], None, args.batch_size, jax.process_index() == 0
-    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # the next one kills
-    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # a second one kills
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
     noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
@@ -438,7 +438,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
-        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, of S seeds
+        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, on the host
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}
@@ -456,7 +456,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
         if metrics["charts/episodes"].all():  # else there is no mean to show
             bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
-        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # stops all processes alike
+        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # a signal to one stops all
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
                 for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # `restore` passed over them
@@ -490,11 +490,11 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     """Evaluates the parameters of all seeds in env, with sampled and with greedy actions."""
     results, keys = {}, jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
-    for number, kind in enumerate(("sampled", "greedy"), start=3):  # `init` has keys 0 to 2 of each seed
+    for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in(key, 0 to 2) are the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
-        # Intervals over seeds, or over the episodes of one seed. Craftax's achievements (with a slash) are too many.
+        # 95% intervals over seeds, or over the episodes of one seed. Names with a slash, achievements, are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
         half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
         shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
@@ -518,7 +518,7 @@ def main(args: Args) -> None:
     init_seeds = lambda seeds: jax.lax.map(lambda seed: init(args, env, agent, jax.random.key(seed)), seeds)
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
     existing, chief, tracker = args.resume or args.evaluate, jax.process_index() == 0, None
-    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # alike in all processes; no int64
+    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # JAX has no int64
     run_dir = Path(existing or f"{args.runs_dir}/tmaze__{args.exp_name}__{args.seed}__{s}.{ns:09}").absolute()
     try:
         if chief and args.track:
@@ -528,7 +528,7 @@ def main(args: Args) -> None:
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
         runner = jax.jit(init_seeds, out_shardings=shardings[0])(args.seed + jnp.arange(args.num_seeds))
-        size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))
+        size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))  # of one seed
         print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
         handler, read_only = ocp.StandardCheckpointHandler(), args.evaluate != ""
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, read_only=read_only)
@@ -536,7 +536,7 @@ def main(args: Args) -> None:
         start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
-        params = process_allgather(runner.train_state.params, tiled=True)  # whole arrays, of numpy
+        params = process_allgather(runner.train_state.params, tiled=True)  # arrays of numpy, whole in each process
         if chief:
             no_noise = dataclasses.replace(args, logit_noise=0.0)
             plot_learning_curves(run_dir, headline)

@@ -68,7 +68,7 @@ class Args:
     env_id: str = "MemoryMaze-9x9-v0"  # name of the environment (also 11x11, 13x13, 15x15; 3 to 6 objects)
 
     # The model
-    num_channels: int = 16  # channels of the encoder's first convolution (and first stage; twice as many in the others)
+    num_channels: int = 16  # channels of the encoder's first convolution (and stage; the other two have twice as many)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
@@ -77,7 +77,7 @@ class Args:
     d_actor: int = 256  # hidden width of the policy head
     d_critic: int = 256  # hidden width of the value head
 
-    # PPO. Nobody has published settings for Memory Maze: these are those of Mystery Path, with fewer environments
+    # PPO. We found no published settings for Memory Maze: these are those of Mystery Path, with fewer environments
     num_envs: int = 32  # parallel environments B (each is a process; Mystery Path: 128)
     num_steps: int = 128  # steps T of a rollout, and of backpropagation through time
     learning_rate: float = 2.5e-4  # of Adam
@@ -89,7 +89,7 @@ class Args:
     update_epochs: int = 3  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch
     clip_coef: float = 0.2  # clipping range of the ratio
-    clip_vloss: bool = False  # clip the value loss as well
+    clip_vloss: bool = False  # also clip the change of the value, to clip_coef
     ent_coef: float = 3e-4  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 5.0  # gradients are clipped to this norm
@@ -98,9 +98,9 @@ class Args:
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
     def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreased linearly, once per update."""
+        """The learning rate of gradient step `step`: constant, or decreased linearly to 0, once per update."""
         update = step // (self.update_epochs * self.num_minibatches)
-        return self.learning_rate * (1 - update / self.num_updates if self.anneal_lr else 1.0)
+        return self.learning_rate * (1 - update / self.num_updates) if self.anneal_lr else self.learning_rate
 
     def __post_init__(self):
         sizes = "checkpoint_interval eval_episodes num_channels num_layers d_model d_head num_heads memory_len"
@@ -123,7 +123,7 @@ class Args:
 
 def make_env(args: Args, index: int = 0):
     """-> a function that makes environment `index`. Each worker calls it in its process."""
-    steps = MAX_STEPS[args.env_id.split("-")[1]]
+    steps = MAX_STEPS[args.env_id.split("-")[1]]  # the key is 9x9 in MemoryMaze-9x9-v0
     # All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
     make = functools.partial(gymnasium.make, f"envs.memorymaze:{args.env_id}", disable_env_checker=True)
@@ -137,7 +137,7 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 class GRUGate(nn.Module):
     """GTrXL's gate in place of the residual sum x + y (Parisotto et al. 2020, eq. 6). x, y (T, B, D) -> (T, B, D)."""
 
-    kernel_init: Any = orthogonal(math.sqrt(2))
+    kernel_init: Any = orthogonal(math.sqrt(2))  # the scripts with GTrXL choose another
 
     @nn.compact
     def __call__(self, x, y):
@@ -254,7 +254,7 @@ class GTrXL(nn.Module):
 
 
 class Conv3x3(nn.Module):
-    """A 3 x 3 convolution as a product, (..., H, W, C) -> (..., H, W, features). XLA's are slow in a loop on a CPU."""
+    """A 3 x 3 convolution as a product, (..., H, W, C) -> (..., H, W, features). On a CPU, XLA's is slow in a loop."""
 
     features: int
 
@@ -263,13 +263,13 @@ class Conv3x3(nn.Module):
         *shape, W, C = x.shape
         kernel = self.param("kernel", lecun_normal(), (9 * C, self.features))
         bias = self.param("bias", constant(0.0), (self.features,))
-        pad = lambda x, *widths: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [*widths, (0, 0)])
+        pad = lambda x, rows, columns: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [rows, columns, (0, 0)])
         x = pad(x, (0, 0), (1, 1))
-        rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C)
+        rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C): left, here, right
         if jax.default_backend() == "cpu":
             rows = rows.reshape(-1, 3 * C)  # XLA computes the kernel's gradient twice as fast if these are a matrix
         y = (rows @ jnp.hstack(jnp.split(kernel, 3))).reshape(*shape, W, -1)  # (..., H, W, 3 features)
-        down, here, up = jnp.split(y, 3, axis=-1)  # what a pixel adds below it, to itself, above it
+        down, here, up = jnp.split(y, 3, axis=-1)  # what a pixel adds to those below, itself, those above
         return pad(down[..., :-1, :, :], (1, 0), (0, 0)) + here + pad(up[..., 1:, :, :], (0, 1), (0, 0)) + bias
 
 
@@ -294,7 +294,7 @@ class ImpalaEncoder(nn.Module):
                 y = Conv3x3(features)(nn.relu(x))
                 x = x + Conv3x3(features)(nn.relu(y))
         x = nn.relu(x).reshape(*x.shape[:2], -1)  # (T, B, 8 * 8 * 2 * channels)
-        # IMPALA's initial kernels. With a gain of sqrt(2), features are so large that an LSTM's gates start saturated.
+        # IMPALA's initial kernels. With a gain of sqrt(2), features are so large that the LSTM's gates saturate.
         return nn.relu(nn.Dense(256, kernel_init=lecun_normal())(x))
 
 
@@ -303,7 +303,7 @@ def in_pieces(encoder: nn.Module, obs):
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]
-    steps = math.gcd(T, max(8 // B, 1))  # per piece
+    steps = math.gcd(T, max(8 // B, 1))  # per piece; divides T
     encode = nn.remat(lambda encoder, carry, obs: (carry, encoder(obs)))  # computed again in the backward pass
     scan = nn.scan(encode, variable_broadcast="params", split_rngs={"params": False})
     _, x = scan(encoder, None, obs.reshape(T // steps, steps, B, *obs.shape[2:]))  # (T / steps, steps, B, n)
@@ -326,7 +326,7 @@ class ActorCritic(nn.Module):
         x = in_pieces(ImpalaEncoder(self.args.num_channels, name="encoder"), obs)  # (T, B, 256)
         x, memory = GTrXL(self.args)(x, reset, memory)  # (T, B, D)
         actor, critic = nn.tanh(dense(self.args.d_actor)(x)), nn.tanh(dense(self.args.d_critic)(x))
-        # Rewards are rare, so the first policy is nearly uniform and the first value nearly 0.
+        # With a gain of 0.01 the first policy is nearly uniform and the first value nearly 0, as fits rare rewards.
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(actor)  # (T, B, A)
         value = nn.Dense(1, kernel_init=orthogonal(0.01))(critic).squeeze(-1)  # (T, B)
         return logits, value, memory
@@ -382,15 +382,15 @@ def host_rollout(args: Args, envs, act_fn, current, key: jax.Array):
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset = next_obs, done
         if done.any():
-            counts = done & ~infos["final_info"].get("shortened", np.False_)  # see make_env
+            counts = done & ~infos["final_info"].get("shortened", np.False_)  # not those that make_env shortened
             episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
     _, _, last_value, _ = act_fn(key, obs, reset, memory)  # its action is not used
-    transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)
+    transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)  # T times (B, ...) -> (T, B, ...)
     return (obs, reset, memory), transitions, last_value, episodes
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination, without bootstrapping."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: 0 follows, as published."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -404,7 +404,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on the rollouts of a minibatch, recomputed from the memory before them -> loss, metrics."""
+    """PPO's clipped loss on rollouts (T, G, ...), recomputed from the memory before them (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -424,7 +424,7 @@ def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage,
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx.html
         "losses/clipfrac": (jnp.abs(ratio - 1) > args.clip_coef).mean(),
     }
 
@@ -433,15 +433,15 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     """Epochs over minibatches of whole rollouts -> train_state, metrics averaged over the minibatches.
 
     memory (B, ...): the memory before the first step. batch: transitions, advantages and value targets, (T, B, ...).
-    Environments form G groups of K = num_minibatches neighbours, and a minibatch has one environment of each group. So
+    Environments form G groups of K = num_minibatches neighbours. A minibatch has G environments, one of each group. So
     if the groups are spread over devices, each device has its share of each minibatch, and no rollout moves.
     """
     G, K = args.num_envs // args.num_minibatches, args.num_minibatches
     batch = jax.tree.map(lambda x: x.reshape(args.num_steps, G, K, *x.shape[2:]), batch)
     memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
-    def minibatch_step(train_state, chosen):  # chosen (G,): which environment of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); x[arange(G), i] crosses devices
+    def minibatch_step(train_state, chosen):  # chosen (G,): which of the K environments of each group
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); by vmap, within each device
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -450,7 +450,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 
     def epoch_step(train_state, key):
         order = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(key, G))  # (G, K)
-        return jax.lax.scan(minibatch_step, train_state, order.T)
+        return jax.lax.scan(minibatch_step, train_state, order.T)  # one column of order for each minibatch
 
     train_state, metrics = jax.lax.scan(epoch_step, train_state, jax.random.split(key, args.update_epochs))
     return train_state, jax.tree.map(jnp.mean, metrics)
@@ -473,14 +473,14 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
     act_fn, (_, _, start_memory) = functools.partial(act_jit, train_state.params, False), current  # False: not greedy
     current, transitions, last_value, episodes = host_rollout(args, envs, act_fn, current, rollout_key)
     train_state, metrics = learn_jit(train_state, learn_key, start_memory, transitions, last_value)
-    returns, lengths = np.mean(episodes or [(0.0, 0.0)], axis=0)
-    outcomes = {"charts/episodic_return": returns, "charts/episodic_length": lengths}
+    mean_return, mean_length = np.mean(episodes or [(0.0, 0.0)], axis=0)  # `train` shows none if no episode ended
+    outcomes = {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
     return current, train_state, metrics | {"charts/episodes": len(episodes)}, outcomes
 
 
 def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
     """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
-    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # no gradient step has this number
+    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # host_update folds in gradient steps, all below
     current, episodes = begin_episodes(args, envs, initial_memory, 1), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
@@ -493,7 +493,7 @@ def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
 
-    def run_dir_flag(resume: str = "", evaluate: str = "") -> str:
+    def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate
 
     run_dir, _ = tyro.cli(run_dir_flag, args=argv, add_help=False, return_unknown_args=True)
@@ -504,8 +504,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
-    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # not part of the computation
-    free += "" if saved.anneal_lr else " total_timesteps"  # on which an annealed learning rate depends
+    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # these may change
+    free += "" if saved.anneal_lr else " total_timesteps"  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
@@ -524,7 +524,7 @@ def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
         except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
             print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
-        else:
+        else:  # readable, but not what `like` is
             name = next(name for name in here | saved if saved.get(name) != here.get(name))
             types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
             raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
@@ -544,8 +544,8 @@ def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.Dic
 def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
     """Runs updates start + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
     signals, writer, steps, chief = [], None, args.batch_size, jax.process_index() == 0
-    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # the next one kills
-    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # a second one kills
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
     noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
@@ -556,7 +556,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for number in range(start + 1, args.num_updates + 1):
         update_time = time.time()
         state, metrics, outcomes = update(state)
-        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, of S seeds
+        metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, on the host
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}
@@ -574,7 +574,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
         if metrics["charts/episodes"].all():  # else there is no mean to show
             bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
-        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # stops all processes alike
+        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # a signal to one stops all
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
                 for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # `restore` passed over them
@@ -633,10 +633,10 @@ def main(args: Args) -> None:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
 
-        # Axis B is spread over the devices, whose number divides that of the groups (see `learn`).
+        # Axis B is spread over `count` devices, a number that divides the groups of `learn`.
         count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
         mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
-        sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
+        sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
         replicated, by_env, by_time = sharded(), sharded("device"), sharded(None, "device")
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
         of_act = (replicated,) * 3 + (by_env,) * 3  # params, greedy, key; obs, reset, memory
@@ -656,7 +656,7 @@ def main(args: Args) -> None:
         if not args.evaluate:
             current = begin_episodes(args, envs, initial_memory, 0, start)
 
-            def update(train_state):  # a checkpoint cannot hold the mazes, so `current` is not part of its state
+            def update(train_state):  # `current` stays outside of the state: a checkpoint cannot hold mazes
                 nonlocal current
                 current, *result = host_update(args, envs, act_jit, learn_jit, current, train_state)
                 return result

@@ -1,6 +1,6 @@
 """Craftax (Matthews et al. 2024, ICML), an open world of crafting and fighting on nine floors: the package `craftax`.
 
-The package plays the game. Added here: observations 27 times smaller, truncation separated from termination,
+The package plays the game. Added here: observations in 27 times fewer bytes, truncation separated from termination,
 achievements by name, and images. Every function is pure and takes one environment: `jax.vmap` makes the batch.
 """
 
@@ -192,15 +192,15 @@ class Craftax:
 
 
 class CraftaxStatistics(EpisodeStatistics):
-    """Around Craftax: adds the finished episode's outcomes to info, by name.
+    """Around Craftax: adds the outcomes of the episode so far to info; in the step that ends it they are final.
 
-    They are "score", the literature's: the return in percent of the sum of all rewards for achievements; and
-    "achievements/collect_wood" and so on, whether the episode unlocked it.
+    "score" is the return in percent of the sum of all rewards for achievements, as in the literature.
+    "achievements/collect_wood" and so on say whether the episode has unlocked it.
     """
 
     @property
     def outcomes(self) -> dict[str, str]:
-        """From a metric's name to its entry in info, to be averaged over the episodes that ended."""
+        """The entry of info for each metric, to be averaged over the episodes that ended."""
         charts = {f"charts/{name}": name for name in ("episodic_return", "episodic_length", "score")}
         return charts | {f"achievements/{name}": f"achievements/{name}" for name in self.achievements}
 

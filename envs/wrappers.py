@@ -1,11 +1,15 @@
-"""Wrappers for environments with the interface of Craftax: `reset(key, params)`, `step(key, state, action, params)`.
+"""Wrappers for environments with the interface of Craftax:
 
-They stack in one of three ways, by what a reset costs. Two more go around EpisodeStatistics, like this:
-EpisodeNoise(TimeAwareObservation(EpisodeStatistics(env)), scale).
+    reset(key, params) -> obs, state
+    step(key, state, action, params) -> obs, state, reward, done, info
 
-    VectorEnv(AutoReset(EpisodeStatistics(env)), num_envs)            a first state for each environment in each step
-    OptimisticReset(EpisodeStatistics(env), num_envs, reset_ratio)    one for every reset_ratio of them
-    PooledReset(EpisodeStatistics(env), num_envs, pool_size)          none in steps: they are drawn between rollouts
+They stack in one of three ways, which differ in how many first states of episodes they make in each step:
+
+    VectorEnv(AutoReset(EpisodeStatistics(env)), num_envs)            one for each environment
+    OptimisticReset(EpisodeStatistics(env), num_envs, reset_ratio)    one for every reset_ratio environments
+    PooledReset(EpisodeStatistics(env), num_envs, pool_size)          none: they are drawn between rollouts
+
+Two wrappers extend the observation: EpisodeNoise(TimeAwareObservation(EpisodeStatistics(env)), scale).
 
 All are pure functions of their arguments, so the whole stack is jitted, vmapped and sharded with the training loop.
 That loop calls `refresh` once before each rollout.
@@ -45,11 +49,11 @@ class EpisodeStatisticsState(NamedTuple):
 
 
 class EpisodeStatistics(Wrapper):
-    """Adds "episodic_return" and "episodic_length" so far to info: in the step that ends an episode, its totals."""
+    """Adds "episodic_return" and "episodic_length" so far to info; the step that ends an episode has its totals."""
 
     @property
     def outcomes(self) -> dict[str, str]:
-        """From a metric's name to its entry in info, to be averaged over the episodes that ended."""
+        """The entry of info for each metric, to be averaged over the episodes that ended."""
         own = {"charts/episodic_return": "episodic_return", "charts/episodic_length": "episodic_length"}
         return own | self.env.outcomes
 
@@ -151,7 +155,7 @@ class AutoReset(Wrapper):
 
 @jax.jit
 def first(batch):
-    """Of a pytree of arrays (B, ...), the arrays [0]: one call to the device, and not one for each of them."""
+    """x[0] of all arrays of a pytree, in one call to the device and not one for each array."""
     return jax.tree.map(lambda x: x[0], batch)
 
 
@@ -195,7 +199,7 @@ class OptimisticReset(VectorEnv):
             raise ValueError(f"num_envs {num_envs}: not divisible by reset_ratio {reset_ratio}")
         super().__init__(env, num_envs)
         self.num_fresh = num_envs // reset_ratio
-        self.fresh_per_group = math.gcd(self.num_fresh, 4)  # more would repeat fewer worlds, but suit fewer devices
+        self.fresh_per_group = math.gcd(self.num_fresh, 4)  # more: fewer worlds repeat; fewer: more groups to spread
         self.num_groups = self.num_fresh // self.fresh_per_group
 
     def step(self, key, state, action, params):
@@ -205,7 +209,7 @@ class OptimisticReset(VectorEnv):
         fresh = jax.vmap(jax.vmap(self.env.reset, (0, None)), (0, None))(reset_keys, params)
 
         def restart_finished(fresh, done, current):
-            """In one group: fresh (obs, state) (fresh_per_group, ...), done (n,), current (obs, state) (n, ...)."""
+            """In a group of n: fresh (obs, state) (fresh_per_group, ...), done (n,), current (obs, state) (n, ...)."""
             turn = (jnp.cumsum(done) - 1) % self.fresh_per_group  # (n,): the k-th to finish gets the k-th fresh one
             restart = lambda done, i, now: jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, now)
             return jax.vmap(restart)(done, turn, current)
@@ -266,7 +270,7 @@ class PooledReset(VectorEnv):
 
     def _draw_pool(self, key, params):
         keys = jax.random.split(key, (self.num_envs, self.pool_size))
-        return jax.vmap(jax.vmap(self.env.reset, (0, None)), (0, None))(keys, params)[1]
+        return jax.vmap(jax.vmap(self.env.reset, (0, None)), (0, None))(keys, params)[1]  # states
 
     def _observe(self, state, params):
         return jax.vmap(self.env.observe, (0, None))(state.env_state, params)

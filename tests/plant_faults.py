@@ -97,7 +97,7 @@ FAULTS = {
         TMAZE, "jax.random.permutation(key, K)", "jax.random.randint(key, (K,), 0, K)", PPO
     ),
     "the learning rate is not annealed": (
-        TMAZE, "* (1 - update / self.num_updates if self.anneal_lr else 1.0)", "", PPO
+        TMAZE, "* (1 - update / self.num_updates) if self.anneal_lr", "if self.anneal_lr", PPO
     ),
     "the learning rate ends an update too soon": (
         TMAZE, "(1 - update / self.num_updates", "(1 - (update + 1) / self.num_updates", PPO
