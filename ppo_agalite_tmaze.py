@@ -163,7 +163,7 @@ class Memory(NamedTuple):
 
 
 def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, beta, gamma, p1, p2, p3):
-    """AGaLiTe's recurrence (Algorithm 2 of the paper) -> memory after the last step, out (T, B, H, d).
+    """AGaLiTe's recurrence (section 4 of the paper) -> memory after the last step, out (T, B, H, d).
 
         norm_t   = (1 - gamma_t) norm_{t-1}   + gamma_t k_t                    (B, H, e, d)
         keys_t   = (1 - gamma_t) keys_{t-1}   + gamma_t k_t cos(w t)           (B, F, H, e, d), one for each cosine

@@ -155,7 +155,7 @@ class MatrixMemory(NamedTuple):
 
 
 def gated_outer_products(memory: MatrixMemory, reset, k, q, v, beta, gamma, p1, p2, p3):
-    """GaLiTe's recurrence (Algorithm 1 of the paper) -> memory after the last step, out (T, B, H, d).
+    """GaLiTe's recurrence (section 3 of the paper) -> memory after the last step, out (T, B, H, d).
 
         norm_t   = (1 - gamma_t) norm_{t-1} + gamma_t k_t                                      (B, H, d, e)
         matrix_t = (1 - outer(beta_t, gamma_t)) matrix_{t-1} + outer(beta_t v_t, gamma_t k_t)  (B, H, d, d, e)
