@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -483,15 +484,16 @@ def test_ctrl_c_saves_and_leaves_no_orphans(script, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
 def test_devices_share_the_learning(script, tmp_path):
-    """Four virtual devices give the parameters of one."""
+    """Four virtual devices give the parameters of one. They exchange gradients, so each computes a part."""
     flags = "--total-timesteps", 2 * 2 * BATCH, "--num-envs", 8, "--no-norm-adv", "--adam-eps", "1e-5"
     flags += "--learning-rate", "3e-3"  # so that parameters move by far more than the difference allowed
     many = ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     folders = []
     for name, options in (("one", {}), ("four", {"env": ENVIRONMENT | {"XLA_FLAGS": many}})):
         (tmp_path / name).mkdir()
-        run(script, *flags, cwd=tmp_path / name, **options)
+        out, _ = run(script, *flags, cwd=tmp_path / name, **options)
         folders.append(folder_of(tmp_path / name))
+    assert re.search("^collectives: .*all-reduce", out, re.M)
     assert_close(*map(checkpoint, folders), atol=1e-4)
     for folder, count in zip(folders, (1, 4), strict=True):  # orbax saves how many devices each array was on
         shardings = json.loads((folder / "checkpoints" / "2" / "default" / "_sharding").read_text())
