@@ -27,7 +27,8 @@ def pytest_unconfigure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest files come first; otherwise one worker would still run the last of them when others are idle."""
-    longest = "test_runs test_ppo test_memorymaze_scripts test_learning test_faults test_docs test_cli".split()
+    longest = "test_runs test_ppo test_memorymaze_scripts test_learning test_faults test_docs test_cli test_craftax"
+    longest = f"{longest} test_distributed test_memory test_wrappers test_memorymaze_learning test_agalite".split()
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 

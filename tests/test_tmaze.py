@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import quick_jit
 from tmaze_reference import DOWN, LEFT, RIGHT, UP, Reference
 
 from envs import tmaze
@@ -15,7 +16,7 @@ from envs.tmaze import EnvParams, EnvState, TMaze
 ENV = TMaze()
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick_jit, static_argnums=0)
 def rollout(env, params, key, actions):
     """actions (B, T) -> obs (B, T + 1, ...) with the first, reward, done, truncated, success (B, T)."""
 

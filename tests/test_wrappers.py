@@ -1,7 +1,7 @@
 """The wrappers on the T-Maze and on a small environment whose outputs tell which key and step they come from."""
 
 import pickle
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ class Toy:
         return {"tag": state.tag, "time": state.clock["time"]}
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick_jit, static_argnums=0)
 def rollout(env, params, key, actions):
     """actions (T, ...) -> first obs, then obs, state, reward, done, info, each (T, ...), all by lax.scan."""
     reset_key, step_key = jax.random.split(key)
@@ -215,6 +215,7 @@ def test_episode_statistics_name_their_outcomes():
 # EpisodeNoise.
 
 
+@cache
 def noisy(scale: float):
     return VectorEnv(AutoReset(EpisodeNoise(EpisodeStatistics(TMaze()), scale)), 32)
 
