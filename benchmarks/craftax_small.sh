@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Craftax Classic with small agents: AGaLiTe, the same without memory, and GTrXL. The first two are in the table of
-# docs/craftax.md. 2M steps, 10 to 15 minutes on one core per agent and seed.
+# Craftax Classic with small agents: AGaLiTe and GTrXL, with and without memory: the table of docs/craftax.md.
+# 2M steps, 10 to 15 minutes on one core per agent and seed.
 #
 #     benchmarks/craftax_small.sh [seed ...]
 set -euo pipefail
@@ -15,4 +15,5 @@ for seed in "${@:-1}"; do
   python ppo_agalite_craftax.py --seed "$seed" "${flags[@]}" --eta 4
   python benchmarks/without_memory.py ppo_agalite_craftax.py --seed "$seed" "${flags[@]}" --eta 4
   python ppo_gtrxl_craftax.py --seed "$seed" "${flags[@]}"
+  python benchmarks/without_memory.py ppo_gtrxl_craftax.py --seed "$seed" "${flags[@]}"
 done
