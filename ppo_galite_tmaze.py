@@ -450,7 +450,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
-    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # these may change
+    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # a resumed run may change these
     free += "" if saved.anneal_lr else " total_timesteps"  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
@@ -594,7 +594,7 @@ def main(args: Args) -> None:
     init_seeds = lambda seeds: jax.lax.map(lambda seed: init(args, env, agent, jax.random.key(seed)), seeds)
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
     existing, chief, tracker = args.resume or args.evaluate, jax.process_index() == 0, None
-    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # JAX has no int64
+    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # shared by all; JAX has no int64
     run_dir = Path(existing or f"{args.runs_dir}/tmaze__{args.exp_name}__{args.seed}__{s}.{ns:09}").absolute()
     try:
         if chief and args.track:

@@ -430,7 +430,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
-    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # these may change
+    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # a resumed run may change these
     free += "" if saved.anneal_lr else " total_timesteps"  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
         if args.resume and name not in free.split() and getattr(args, name) != value:
