@@ -408,7 +408,7 @@ def host_rollout(args: Args, envs, act_fn, current, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: 0 follows, as published."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: the value after it is 0."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -422,7 +422,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on rollouts (T, G, ...), recomputed from the memory before them (G, ...) -> loss, metrics."""
+    """PPO's clipped loss on G rollouts (T, G, ...), recomputed from their start memory (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)

@@ -254,7 +254,7 @@ def rollout(args: Args, env, runner: RunnerState, key: jax.Array):
 
 
 def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, gae_lambda: float) -> jax.Array:
-    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: 0 follows, as published."""
+    """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: the value after it is 0."""
 
     def step(carry, transition):
         advantage, next_value = carry
@@ -268,7 +268,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on rollouts (T, G, ...), recomputed from the memory before them (G, ...) -> loss, metrics."""
+    """PPO's clipped loss on G rollouts (T, G, ...), recomputed from their start memory (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -490,7 +490,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     """Evaluates the parameters of all seeds in env, with sampled and with greedy actions."""
     results, keys = {}, jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
-    for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in(key, 0 to 2) are the keys of `init`
+    for number, kind in enumerate(("sampled", "greedy"), start=3):  # with 0 to 2 it is the split(key, 3) of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}

@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 flags=(
-  --runs-dir runs/memorymaze_small --num-channels 4 --d-actor 64 --d-critic 64 --num-envs 16 --num-steps 256 --update-epochs 2 --no-norm-adv
+  --runs-dir runs/memorymaze_small
+  --num-channels 4 --d-actor 64 --d-critic 64 --num-envs 16 --num-steps 256 --update-epochs 2 --no-norm-adv
   --learning-rate 1e-3 --gamma 0.97 --max-grad-norm 0.5 --total-timesteps 753664 --eval-episodes 64
 )
 for seed in "${@:-1}"; do
