@@ -255,6 +255,7 @@ def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", quick_jit)
     tracker, module, started = mock.Mock(), load(script), []
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"success": jnp.array([0.0, 1.0])})
     monkeypatch.setattr(module.wandb, "init", lambda **options: started.append(options) or tracker)
     for updates, flags in ((2, [*small_flags(script), "--num-seeds", "2"]), (4, ["--resume"])):
         folder = [str(path) for path in tmp_path.glob("runs/*")]
@@ -265,7 +266,7 @@ def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypa
     expected = [*of_update(1), *of_update(2), *of_update(3), *of_update(4)]
     assert [step for step, _ in calls] == [step for step, _ in expected]
     summaries = [call.args[0] for call in tracker.summary.update.call_args_list]
-    assert len(summaries) == 2 and all(0 <= summary["eval/success"] <= 1 for summary in summaries)
+    assert len(summaries) == 2 and all(summary["eval/success"] == 0.5 for summary in summaries)
     assert all(name in row for (_, row), (_, name) in zip(calls, expected, strict=True))
 
 

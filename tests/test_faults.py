@@ -52,56 +52,69 @@ def test_run_killed_before_its_first_checkpoint(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", FIRST)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])  # SIGTERM: test_distributed.py
-def test_signal_saves_and_says_how_to_resume(script, number, tmp_path):
-    """On Ctrl-C or a signal of a job scheduler or a closed terminal, a run finishes the update, saves it and prints a
-    command that completes the run, also in a folder with a space in its name."""
+def test_ctrl_c_saves_and_says_how_to_resume(script, tmp_path):
+    """On Ctrl-C, a run finishes the update, saves it and prints a command that completes the run, also in a folder with
+    a space in its name."""
     cwd = tmp_path / "my runs"
     cwd.mkdir()
     process = start(script, *FLAGS, cwd=cwd)
     wait_for_row(process, cwd, 30)
-    process.send_signal(number)
-    out, err = finish(process, expect=128 + number)
+    process.send_signal(signal.SIGINT)
+    out, err = finish(process, expect=128 + signal.SIGINT)
     folder = folder_of(cwd)
     assert "Traceback" not in err
     assert 30 <= steps(folder)[-1] == len(rows(folder)) < 200
     command = shlex.split(out.split("To continue: ")[1])
     assert command[0] == "python" and command[-2:] == ["--resume", str(folder)]
-    if number == signal.SIGINT:
-        run(script, *command[2:], cwd=cwd, small=False)
-        assert_same_outcome(folder, finished(script))
+    run(script, *command[2:], cwd=cwd, small=False)
+    assert_same_outcome(folder, finished(script))
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.fixture
+def signalled(tmp_path):
+    """-> a function that trains in this process for three updates, the second of which sends it a signal -> actions on
+    this signal after the second and later updates, updates that were saved, exit status or None."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def train(script: str, number: int):
+        module, actions, checkpoints = load(script), [], mock.Mock(all_steps=lambda: [])
+
+        def update(state):
+            if state == 1:
+                signal.raise_signal(number)
+            if state >= 1:
+                actions.append(signal.getsignal(number))
+            return state + 1, {"charts/episodes": np.zeros(1, int)}, {}
+
+        args, status = tiny_args(module, total_timesteps=3 * tiny_args(module).batch_size), None
+        assert args.num_updates == 3
+        try:
+            module.train(args, update, 0, 0, tmp_path, checkpoints, None, [])
+        except SystemExit as stopped:
+            status = stopped.code
+        return actions, [call.args[0] for call in checkpoints.save.call_args_list], status
+
+    yield train
+    for number in SIGNALS:
+        signal.signal(number, before[number])
 
 
 @pytest.mark.parametrize("script", FIRST)
-def test_nohup_is_respected(script, tmp_path):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_a_second_one_ends_the_run(script, number, signalled):
+    """Signals of a job scheduler or a closed terminal do what Ctrl-C does. The first restores the default action, so
+    that the next one ends the run at once."""
+    assert signalled(script, number) == ([signal.SIG_DFL], [2], 128 + number)
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_nohup_is_respected(script, signalled):
     """A run that was started with nohup continues when the terminal is closed."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does; the process inherits it
-    process = start(script, *FLAGS, cwd=tmp_path)
-    signal.signal(signal.SIGHUP, before)
-    wait_for_row(process, tmp_path, 1)
-    process.send_signal(signal.SIGHUP)
-    finish(process)
-    assert len(rows(folder_of(tmp_path))) == 200
-
-
-@pytest.mark.parametrize("script", FIRST)
-def test_a_second_signal_ends_the_run(script, tmp_path):
-    """The first signal restores the default action, so that the next one ends the run at once."""
-    module, seen = load(script), []
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
-
-    def update(state):
-        signal.raise_signal(signal.SIGUSR1)
-        seen.append(signal.getsignal(signal.SIGUSR1))
-        return state, {"charts/episodes": np.zeros(1, int)}, {}
-
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            module.train(tiny_args(module), update, None, 0, tmp_path, mock.Mock(all_steps=lambda: []), None, [])
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, before[number])
-    assert seen == [signal.SIG_DFL] and stopped.value.code == 128 + signal.SIGUSR1
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    assert signalled(script, signal.SIGHUP) == ([signal.SIG_IGN] * 2, [3], None)
 
 
 @pytest.mark.parametrize("script", FIRST)

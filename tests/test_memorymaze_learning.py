@@ -1,4 +1,7 @@
-"""The scripts of Memory Maze learn a small task that needs memory, and do not learn it without their memory."""
+"""The scripts of Memory Maze learn a small task that needs memory, and do not learn it without their memory.
+
+GTrXL is left out: its memory is the same text as in the other tasks, and around it nothing differs from AGaLiTe.
+"""
 
 import dataclasses
 import functools
@@ -23,12 +26,12 @@ PPO = {
     "update_epochs": 4, "learning_rate": 1e-3, "gamma": 0.0, "ent_coef": 0.06, "max_grad_norm": 5.0,
     "total_timesteps": 122_880,
 }  # fmt: skip
-LAYERS = {"num_layers": 1, "d_model": 64, "d_head": 8, "num_heads": 8}
 SETTINGS = {
-    "ppo_agalite_memorymaze": PPO | LAYERS | {"d_ffc": 32, "eta": 4, "r": 3, "chrono_steps": 10.0},
-    "ppo_gtrxl_memorymaze": PPO | LAYERS | {"memory_len": 16},
+    "ppo_agalite_memorymaze": PPO | {
+        "num_layers": 1, "d_model": 64, "d_head": 8, "num_heads": 8, "d_ffc": 32, "eta": 4, "r": 3, "chrono_steps": 10.0
+    },
     "ppo_lstm_memorymaze": PPO | {"hidden_size": 32},
-}
+}  # fmt: skip
 
 
 class Learning:
@@ -70,7 +73,7 @@ def test_learns_with_memory_and_only_with_it(name):
     """Both seeds learn the task; without memory the same agent stays at chance, which is 0.5.
 
     `PYTHONPATH=. python tests/test_memorymaze_learning.py NAME 20`: all 20 seeds reach 0.9 within the 120 updates,
-    LSTM after 9 to 12, GTrXL after 10 to 16, AGaLiTe after 12 to 30 (AMD EPYC, Zen 5, 2 s per seed); with
+    LSTM after 9 to 12, AGaLiTe after 12 to 30 (AMD EPYC, Zen 5, 2 s per seed); with
     XLA_FLAGS=--xla_cpu_max_isa=AVX2, AGaLiTe after 12 to 34, with SSE4_2 after 12 to 39.
     """
     learning = Learning(name)

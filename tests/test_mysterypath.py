@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import brisk_jit, quick_jit, small_args
 from common import load as import_script
-from common import quick_jit, small_args
 
 from envs import mysterypath
 from envs.mysterypath import ENVIRONMENTS, FORWARD, NOOP, TURN_RIGHT, Draws, MysteryPath, Route, find_path, sample_draws
@@ -378,8 +378,9 @@ def test_oracle_needs_no_second_fall_on_a_tile():
 
 
 @pytest.mark.slow
-def test_agent_learns_to_imitate_the_oracle():
+def test_agent_learns_to_imitate_the_oracle(monkeypatch):
     """Ten updates reduce the cross-entropy from that of four equal actions, log 4 = 1.39; their steps add up."""
+    monkeypatch.setattr(jax, "jit", brisk_jit)
     script = import_script("ppo_agalite_mysterypath")
     args = small_args(script, num_envs=16, num_minibatches=4, num_steps=32, total_timesteps=5120, learning_rate=3e-3)
     steps, cross_entropy, returns, success = zip(*imitate(script, args), strict=True)
