@@ -5,7 +5,7 @@
 Objects of different colours lie in a maze that is new in each episode. The agent sees 64 x 64 pixels. Again and again
 it has to find the object whose colour frames the image, so it should remember where the objects are. The task is Memory
 Maze (Pasukonis et al., ICLR 2023). The memory is AGaLiTe (Pramanik et al., TMLR 2024, arXiv 2310.15719), whose authors
-report results on Memory Maze, but published no code for it. It is trained with PPO (Schulman et al. 2017).
+report results on Memory Maze, but published no code for it. The agent is trained with PPO (Schulman et al. 2017).
 
 What to learn here: how to train with environments that are CPU processes. The rollout is a loop on the host, in Python
 (`host_rollout`); only acting and learning are compiled (`act`, `learn_from`). A resumed run starts in new mazes. Memory
@@ -67,7 +67,7 @@ class Args:
     env_id: str = "MemoryMaze-9x9-v0"  # name of the environment (also 11x11, 13x13, 15x15; 3 to 6 objects)
 
     # The model
-    num_channels: int = 16  # channels of the encoder's first convolution (and stage; the other two have twice as many)
+    num_channels: int = 16  # channels of the encoder's first convolution (and stage; stages 2 and 3 have twice as many)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
@@ -79,7 +79,7 @@ class Args:
     d_actor: int = 256  # hidden width of the policy head
     d_critic: int = 256  # hidden width of the value head
 
-    # PPO. We found no published settings for Memory Maze: these are those of Mystery Path, with fewer environments
+    # PPO. We found no published settings for Memory Maze: these are Mystery Path's, with fewer environments
     num_envs: int = 32  # parallel environments B (each is a process; Mystery Path: 128)
     num_steps: int = 128  # steps T of a rollout, and of backpropagation through time
     learning_rate: float = 2.5e-4  # of Adam
@@ -422,7 +422,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on G rollouts (T, G, ...), recomputed from their start memory (G, ...) -> loss, metrics."""
+    """PPO's clipped loss on G rollouts (T, G, ...), replayed from their start memory (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -498,7 +498,7 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
 
 def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
     """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
-    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # host_update folds in gradient steps, all below
+    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # above all gradient steps, which host_update folds in
     current, episodes = begin_episodes(args, envs, initial_memory, 1), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
@@ -611,7 +611,8 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
 def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
     """Draws columns of metrics.csv over environment steps, one line per seed."""
-    table = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    options = {"delimiter": ",", "names": True, "deletechars": "", "ndmin": 1}
+    table = np.genfromtxt(run_dir / "metrics.csv", **options, invalid_raise=False)  # leaves out a row that is cut short
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
@@ -651,14 +652,14 @@ def main(args: Args) -> None:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
 
-        # Axis B is spread over `count` devices, a number that divides the groups of `learn`.
+        # Axis B is spread over `count` devices, a divisor of the number G of groups in `learn`.
         count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
         mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
         sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
-        replicated, by_env, by_time = sharded(), sharded("device"), sharded(None, "device")
+        replicated, by_env, time_first = sharded(), sharded("device"), sharded(None, "device")  # (B, ...), (T, B, ...)
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
         of_act = (replicated,) * 3 + (by_env,) * 3  # params, greedy, key; obs, reset, memory
-        of_learn = (replicated,) * 2 + (by_env, by_time, by_env)  # train_state, key; memory, transitions, last_value
+        of_learn = (replicated,) * 2 + (by_env, time_first, by_env)  # train_state, key; memory, transitions, last_value
         act_jit = jax.jit(functools.partial(act, agent), in_shardings=of_act, out_shardings=by_env)
         learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=of_learn, out_shardings=replicated)
         init_jit = jax.jit(functools.partial(init_learner, args, envs, agent), out_shardings=replicated)

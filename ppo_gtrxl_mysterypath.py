@@ -7,7 +7,7 @@ path by trial and remember it. The task is Memory Gym's (Pleines et al., ICLR 20
 al., ICML 2020, arXiv 1910.06764), and the agent is trained with PPO (Schulman et al. 2017).
 "Published" means by AGaLiTe's authors, for whom GTrXL is a baseline (Pramanik et al., TMLR 2024, arXiv 2310.15719).
 
-What to learn here: what a window of past steps costs and how far back it sees, compared with a memory of constant size.
+What to learn here: what a window of past steps costs, and how far back it sees, compared with a recurrent memory.
 The memory and its settings are those of ppo_gtrxl_tmaze.py, all else is as in ppo_agalite_mysterypath.py.
 The published size, 150M steps, was not run. A small agent solves the task on one CPU core: docs/mysterypath.md.
 
@@ -72,7 +72,7 @@ class Args:
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
     num_heads: int = 4  # attention heads H
-    memory_len: int = 128  # past steps M that a layer attends to; all L reach back L * M (published: 128, 64 and 32)
+    memory_len: int = 128  # past steps M that a layer attends to; L layers reach back L * M (published: 128, 64 and 32)
     d_actor: int = 256  # hidden width of the policy head
     d_critic: int = 256  # hidden width of the value head
 
@@ -186,9 +186,9 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
     content = jnp.einsum("nibhd,nbjD,Dhd->nbhij", q + content_bias, tokens, Wk)  # (N, B, H, C, M + C)
 
     # In a block, key M + i is query i's own step. Column m of by_offset is for key i + m, at distance M - m, so row i
-    # must move i columns to the right (the relative shift of Transformer-XL). For that, C times -inf lengthen each row
-    # to M + C + 1, and the numbers are cut into rows of M + C: each then starts one column further to the right than
-    # the row above. The -inf land on the keys outside the window, those before i and after M + i, and so mask them.
+    # must move i columns to the right (the relative shift of Transformer-XL). For that, C entries of -inf pad each row
+    # to M + C + 1, and the flattened array is cut into rows of M + C: each starts one column further to the right than
+    # the row above. The entries of -inf land on the keys outside the window, before i and after M + i, and mask them.
     by_offset = jnp.einsum("nibhd,mhd->nbhim", q + position_bias, positions[::-1])  # (N, B, H, C, M + 1)
     rows = jnp.pad(by_offset, [(0, 0)] * 4 + [(0, C)], constant_values=-jnp.inf)  # (N, B, H, C, M + C + 1)
     position = rows.reshape(*rows.shape[:3], -1)[..., :-C].reshape(content.shape)  # (N, B, H, C, M + C)
@@ -214,8 +214,8 @@ class GTrXLAttention(nn.Module):
         scale, bias = self.param("scale", constant(1.0), (D,)), self.param("bias", constant(0.0), (D,))
         # tokens are normalised, but still without LayerNorm's scale and bias. So keys and values are (scale * tokens +
         # bias) W + b. The scale goes into W, so that acting need not scale its whole window in each step. A bias common
-        # to all keys, or to all positions, shifts all scores of a query alike, which softmax cancels: unlike published,
-        # there is none. A bias common to all values is added at the end: the weights sum to 1.
+        # to all keys, or to all positions, shifts all scores of a query alike. Softmax cancels that, so there is none
+        # here, unlike published. A bias common to all values is added at the end, because the weights sum to 1.
         Wk, Wv, bv = scale[:, None, None] * Wk, scale[:, None, None] * Wv, bv + jnp.einsum("D,Dhd->hd", bias, Wv)
         q = nn.Dense(H * d, name="q")(x).reshape(T, B, H, d)  # of x without LayerNorm, as published
         positions = nn.Dense(H * d, use_bias=False, name="position")(sinusoids(M + 1, D)).reshape(M + 1, H, d)
@@ -344,7 +344,7 @@ def init(args: Args, env, agent: nn.Module, key: jax.Array) -> RunnerState:
 
 
 def rollout(args: Args, env, runner: RunnerState, key: jax.Array):
-    """Act for T steps -> runner, transitions (T, B, ...), infos (T, B), value of the observation after them (B,)."""
+    """Acts for T steps -> runner, transitions and infos (T, B, ...), value of the observation after them (B,)."""
     policy = functools.partial(runner.train_state.apply_fn, runner.train_state.params)
 
     def step(runner, key):
@@ -377,7 +377,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on G rollouts (T, G, ...), recomputed from their start memory (G, ...) -> loss, metrics."""
+    """PPO's clipped loss on G rollouts (T, G, ...), replayed from their start memory (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -584,7 +584,8 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
 def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
     """Draws columns of metrics.csv over environment steps, one line per seed."""
-    table = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    options = {"delimiter": ",", "names": True, "deletechars": "", "ndmin": 1}
+    table = np.genfromtxt(run_dir / "metrics.csv", **options, invalid_raise=False)  # leaves out a row that is cut short
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
@@ -599,7 +600,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     """Evaluates the parameters of all seeds in env, with sampled and with greedy actions."""
     results, keys = {}, jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
-    for number, kind in enumerate(("sampled", "greedy"), start=3):  # with 0 to 2 it is the split(key, 3) of `init`
+    for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
@@ -615,7 +616,10 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
 
 def main(args: Args) -> None:
     if args.distributed:
-        jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
+        try:
+            jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
+        except (ValueError, RuntimeError) as error:
+            raise SystemExit(f"--distributed found no job of SLURM, MPI or a cloud: {error}") from None
     for library in ("absl", "asyncio"):  # they log the tracebacks of errors that orbax raises anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
     env = make_env(args, args.num_envs)

@@ -235,7 +235,7 @@ def init(args: Args, env, agent: nn.Module, key: jax.Array) -> RunnerState:
 
 
 def rollout(args: Args, env, runner: RunnerState, key: jax.Array):
-    """Act for T steps -> runner, transitions (T, B, ...), infos (T, B), value of the observation after them (B,)."""
+    """Acts for T steps -> runner, transitions and infos (T, B, ...), value of the observation after them (B,)."""
     policy = functools.partial(runner.train_state.apply_fn, runner.train_state.params)
 
     def step(runner, key):
@@ -268,7 +268,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on G rollouts (T, G, ...), recomputed from their start memory (G, ...) -> loss, metrics."""
+    """PPO's clipped loss on G rollouts (T, G, ...), replayed from their start memory (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -475,7 +475,8 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
 def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
     """Draws columns of metrics.csv over environment steps, one line per seed."""
-    table = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+    options = {"delimiter": ",", "names": True, "deletechars": "", "ndmin": 1}
+    table = np.genfromtxt(run_dir / "metrics.csv", **options, invalid_raise=False)  # leaves out a row that is cut short
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
@@ -490,7 +491,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     """Evaluates the parameters of all seeds in env, with sampled and with greedy actions."""
     results, keys = {}, jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
-    for number, kind in enumerate(("sampled", "greedy"), start=3):  # with 0 to 2 it is the split(key, 3) of `init`
+    for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
@@ -506,7 +507,10 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
 
 def main(args: Args) -> None:
     if args.distributed:
-        jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
+        try:
+            jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
+        except (ValueError, RuntimeError) as error:
+            raise SystemExit(f"--distributed found no job of SLURM, MPI or a cloud: {error}") from None
     for library in ("absl", "asyncio"):  # they log the tracebacks of errors that orbax raises anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
     env = make_env(args, args.num_envs)

@@ -270,6 +270,24 @@ def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypa
     assert all(name in row for (_, row), (_, name) in zip(calls, expected, strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", FIRST)
+def test_distributed_needs_a_job(script, tmp_path):
+    """Started by hand, --distributed says in one sentence that it has found no other processes, and leaves nothing."""
+    _, err = run(script, "--distributed", cwd=tmp_path, expect=1)
+    assert err.splitlines()[-1].startswith("--distributed found no job") and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:Some errors were detected")
+@pytest.mark.parametrize("script", FIRST)
+def test_a_row_that_is_cut_short_is_not_drawn(script, tmp_path):
+    """A full disk may cut the last row of metrics.csv. The curve shows the other rows."""
+    (tmp_path / "metrics.csv").write_text("seed,global_step,charts/episodic_return\n1,64,\n1,128,0.5\n1,1")
+    load(script).plot_learning_curves(tmp_path, ["charts/episodic_return"])
+    assert (tmp_path / "learning_curve.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("name", SCRIPTS + MEMORYMAZE)
 def test_help_shows_every_flag(name, capsys):
     """--help names each flag with its comment."""
