@@ -12,8 +12,9 @@ from unittest import mock
 
 import jax
 import pytest
-from cli import finished
-from common import brisk_jit, load, quick_jit
+from cli import finished, import_copy
+from common import brisk_jit, build, load, quick_jit, tiny_args
+from test_ppo import unread_fields
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -158,7 +159,7 @@ def test_the_trained_policy_of_usage_acts(monkeypatch):
     assert names["action"].shape == (1,) and names["obs"].shape[0] == 1
 
 
-OWN = blocks(ROOT / "docs/your_own.md", "python")
+OWN, KEY = blocks(ROOT / "docs/your_own.md", "python"), jax.random.key(0)
 
 
 def block_with(text: str) -> str:
@@ -196,6 +197,31 @@ def test_a_memory_of_your_own_passes_the_tests(tmp_path):
     done = subprocess.run([*command, *files], cwd=tmp_path, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and int(passed[1]) >= 20, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("name, following", [("mysterypath", "def patches("), ("craftax", "class SymbolEncoder(")])
+def test_a_memory_of_your_own_fits_other_tasks(name, following, tmp_path):
+    """What docs/your_own.md says about copies for Mystery Path and Craftax gives a script that runs."""
+    path = ROOT / f"ppo_agalite_{name}.py"
+    source = replace_between(path.read_text(), "class GRUGate(", following, block_with("class MinGRU") + "\n\n")
+    memory = block_with("def initial_memory").replace("    @nn.nowrap\n", "", 1)
+    source = replace_between(source, "    def initial_memory", "    @nn.compact\n", memory + "\n")
+    call = block_with("MinGRU(self.args").replace("(obs)", "(x)", 1)
+    start, end = re.search(r"        x, memory = AGaLiTe\(.*\n", source).span()
+    source = source[:start] + call + source[end:]
+    source = source.replace("memory: Memory)", "memory)").replace("args.hidden_size", "args.d_model")
+    for field in ("d_head", "d_ffc", "num_heads", "eta", "r", "chrono_steps"):
+        source, count = re.subn(rf"^    {field}: .*\n", "", source, flags=re.M)
+        source = re.sub(rf"^(        sizes \+?= .*) {field}\b", r"\1", source, flags=re.M)
+        assert count == 1
+    copy = tmp_path / f"ppo_mine_{name}.py"
+    copy.write_text(source)
+    script = import_copy(copy)
+    args = tiny_args(script)
+    env, agent = build(script, args)
+    runner, metrics, _ = jax.eval_shape(lambda key: script.update(args, env, script.init(args, env, agent, key)), KEY)
+    assert [x.shape for x in runner.memory] == [(args.num_envs, args.d_model)] and "losses/entropy" in metrics
+    assert unread_fields(source) == set()
 
 
 def test_an_environment_of_your_own_plays():
