@@ -626,7 +626,7 @@ def main(args: Args) -> None:
         try:
             jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
         except (ValueError, RuntimeError) as error:
-            raise SystemExit(f"--distributed found no job of SLURM, MPI or a cloud: {error}") from None
+            raise SystemExit(f"--distributed needs a job of SLURM, MPI or a cloud: {error}") from None
     for library in ("absl", "asyncio"):  # they log the tracebacks of errors that orbax raises anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
     env = make_env(args, args.num_envs)

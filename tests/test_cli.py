@@ -275,7 +275,7 @@ def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypa
 def test_distributed_needs_a_job(script, tmp_path):
     """Started by hand, --distributed says in one sentence that it has found no other processes, and leaves nothing."""
     _, err = run(script, "--distributed", cwd=tmp_path, expect=1)
-    assert err.splitlines()[-1].startswith("--distributed found no job") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("--distributed needs a job") and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 

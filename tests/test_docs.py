@@ -159,7 +159,7 @@ def test_the_trained_policy_of_usage_acts(monkeypatch):
     assert names["action"].shape == (1,) and names["obs"].shape[0] == 1
 
 
-OWN, KEY = blocks(ROOT / "docs/your_own.md", "python"), jax.random.key(0)
+OWN = blocks(ROOT / "docs/your_own.md", "python")
 
 
 def block_with(text: str) -> str:
@@ -219,7 +219,8 @@ def test_a_memory_of_your_own_fits_other_tasks(name, following, tmp_path):
     script = import_copy(copy)
     args = tiny_args(script)
     env, agent = build(script, args)
-    runner, metrics, _ = jax.eval_shape(lambda key: script.update(args, env, script.init(args, env, agent, key)), KEY)
+    begin_and_update = lambda key: script.update(args, env, script.init(args, env, agent, key))
+    runner, metrics, _ = jax.eval_shape(begin_and_update, jax.random.key(0))
     assert [x.shape for x in runner.memory] == [(args.num_envs, args.d_model)] and "losses/entropy" in metrics
     assert unread_fields(source) == set()
 

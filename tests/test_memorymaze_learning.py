@@ -73,8 +73,8 @@ def test_learns_with_memory_and_only_with_it(name):
     """Both seeds learn the task; without memory the same agent stays at chance, which is 0.5.
 
     `PYTHONPATH=. python tests/test_memorymaze_learning.py NAME 20`: all 20 seeds reach 0.9 within the 120 updates,
-    LSTM after 9 to 12, AGaLiTe after 12 to 30 (AMD EPYC, Zen 5, 2 s per seed); with
-    XLA_FLAGS=--xla_cpu_max_isa=AVX2, AGaLiTe after 12 to 34, with SSE4_2 after 12 to 39.
+    LSTM after 9 to 12, AGaLiTe after 12 to 30 (AMD EPYC, Zen 5, 2 s per seed); with XLA_FLAGS=--xla_cpu_max_isa=AVX2,
+    AGaLiTe after 12 to 34, with SSE4_2 after 12 to 39.
     """
     learning = Learning(name)
     took = [learning.updates_to_learn(seed) for seed in (1, 2)]

@@ -29,6 +29,7 @@ from cli import (
     refusal,
     rows,
     run,
+    snapshot,
     start,
     steps,
     wait_for_row,
@@ -446,6 +447,11 @@ def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
     params = [checkpoint(folder, number)["params"] for number in (saved, saved + 2)]
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.05, "two updates away from those saved"
+
+    before = snapshot(folder)
+    run(script, "--evaluate", folder, cwd=tmp_path, small=False)
+    after = snapshot(folder)
+    assert {name for name in after if after[name] != before.get(name)} <= {"learning_curve.png"}
 
 
 @pytest.mark.slow
