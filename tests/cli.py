@@ -47,11 +47,9 @@ def small_flags(script: str) -> list[str]:
 FINISHED = tempfile.mkdtemp()  # for runs that several tests share
 atexit.register(shutil.rmtree, FINISHED, ignore_errors=True)
 
-# Each program is compiled once, quickly, for all processes of a test session.
+# Programs are compiled quickly. Those of one process are there for the others, see conftest.py.
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": os.environ["COMPILED_FOR_TESTS"],
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
     + "".join(f" --{name}={str(value).lower()}" for name, value in quick_compiler_options().items()),
     "WANDB_MODE": "offline",

@@ -12,7 +12,10 @@ import pytest
 def pytest_configure(config):
     """Its settings hold for all processes of a test session, including the scripts that tests start."""
     if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist, which inherit the environment
-        os.environ["COMPILED_FOR_TESTS"] = tempfile.mkdtemp()
+        config.compiled = tempfile.mkdtemp()
+        # Each program is compiled once for all processes. (benchmarks/gpu.sh has a folder for this already.)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", config.compiled)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         # By default, some GPUs multiply float32 with ten bits of mantissa (TF32).
         os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
     # nohup and background jobs of a shell ignore signals; the processes that tests start must not inherit this.
@@ -22,7 +25,7 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ["COMPILED_FOR_TESTS"], ignore_errors=True)
+        shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -108,7 +108,7 @@ FAULTS = {
     "each update has the same noise": (TMAZE, "start = runner._replace(key=key, ", "start = runner._replace(", PPO),
     "each seed has the same noise": (
         TMAZE, "init(args, env, agent, jax.random.key(seed))", "init(args, env, agent, jax.random.key(0 * seed))",
-        "tests/test_runs.py -k several_seeds"
+        "tests/test_cli.py -k several_seeds"
     ),
     "the value ignores the time limit": (
         TMAZE, "        value = value * (1 - self.args.gamma**steps_left)", "        value = value * 1.0", PPO

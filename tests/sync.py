@@ -4,8 +4,8 @@
     python tests/sync.py --from ppo_a_b.py      writes that script's text into all others that have the same names
 
 It compares the classes, functions and assignments at a script's top level: all of their lines, with decorators,
-docstrings, and comments inside and directly above. Only `Args`, `ActorCritic`, `make_env` and `main` may differ. Fields
-of Args with the same name share their type and their comment up to the first bracket.
+docstrings, and comments inside and directly above. `Args` and `ActorCritic` may differ, and between tasks also
+`make_env` and `main`. Fields of Args with the same name share their type and their comment up to the first bracket.
 
 It neither compares nor writes scripts that you add: a copy may differ as you like.
 """
@@ -32,7 +32,7 @@ PROJECT = (
     "ppo_gtrxl_memorymaze.py",
     "ppo_lstm_memorymaze.py",
 )
-MAY_DIFFER = {"Args", "ActorCritic", "make_env", "main"}
+MAY_DIFFER, SAME_WITHIN_A_TASK = {"Args", "ActorCritic"}, {"make_env", "main"}
 SECTION = re.compile(r"# -{10,}")  # the rule above a section belongs to no block
 
 
@@ -40,7 +40,7 @@ class Script:
     """A script split into blocks. spans: from a name to its pieces, each (first, last) line, counted from 0."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.task = path, path.stem.split("_")[-1]
         self.lines = path.read_text().splitlines()
         self.tree = ast.parse("\n".join(self.lines))
         self.spans = {}
@@ -108,7 +108,8 @@ def differences(paths: list[Path]) -> list[str]:
     for script in map(Script, paths):
         for name in script.spans:
             if name not in MAY_DIFFER:
-                path, text = first_text.setdefault(name, (script.path, script.text(name)))
+                task = script.task if name in SAME_WITHIN_A_TASK else "any"
+                path, text = first_text.setdefault((name, task), (script.path, script.text(name)))
                 if text != script.text(name):
                     found.append(f"{name} differs between {path.name} and {script.path.name}")
         for name, field in script.fields().items():
@@ -124,6 +125,8 @@ def repaired(script: Script, source: Script) -> list[str]:
     done = set()
     for name in script.spans:
         if name in MAY_DIFFER or name not in source.spans or script.text(name) == source.text(name):
+            continue
+        if name in SAME_WITHIN_A_TASK and script.task != source.task:
             continue
         old, new = script.spans[name], source.text(name)
         if tuple(old) in done:  # two names of one assignment

@@ -15,7 +15,6 @@ from cli import (
     BATCH,
     ENVIRONMENT,
     edited,
-    finish,
     finished,
     folder_of,
     import_copy,
@@ -24,7 +23,6 @@ from cli import (
     run,
     small_flags,
     snapshot,
-    start,
     steps,
 )
 from common import FIRST, MEMORYMAZE, SCRIPTS, TMAZE, load, quick_jit, tiny_args
@@ -214,18 +212,6 @@ def test_finished_run_can_be_extended(script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
-def test_runs_started_together_have_folders_of_their_own(script, tmp_path):
-    """Two runs of one seed that start at the same moment do not share a folder. --runs-dir sets where it is."""
-    flags = "--total-timesteps", BATCH, "--runs-dir", tmp_path / "else" / "where"
-    for process in [start(script, *flags, cwd=tmp_path) for _ in range(2)]:
-        finish(process)
-    assert [path.name for path in tmp_path.iterdir()] == ["else"]
-    folders = list((tmp_path / "else" / "where").iterdir())
-    assert len(folders) == 2 and all(len(rows(folder)) == 1 and steps(folder) == [1] for folder in folders)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", FIRST)
 def test_switches_of_jax(script, tmp_path):
     """A run never computes NaN, and also works in 64 bits."""
     switches = ENVIRONMENT | {"JAX_DEBUG_NANS": "1", "JAX_ENABLE_X64": "1"}
@@ -249,25 +235,31 @@ def test_without_weights_and_biases_nothing_begins(script, key, reason, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", FIRST)
-def test_weights_and_biases_gets_each_row_at_its_step(script, tmp_path, monkeypatch):
-    """W&B gets a row per update and seed at its global_step, and the evaluation as its summary. A resumed run continues
-    there, under the name of its folder."""
+def test_several_seeds_have_rows_each(script, tmp_path, monkeypatch):
+    """--num-seeds 2 leaves a row per update and seed, and the seeds differ. W&B gets each row at its global_step, and
+    the evaluation as its summary. A resumed run continues there, under the name of its folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", quick_jit)
     tracker, module, started = mock.Mock(), load(script), []
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"success": jnp.array([0.0, 1.0])})
     monkeypatch.setattr(module.wandb, "init", lambda **options: started.append(options) or tracker)
-    for updates, flags in ((2, [*small_flags(script), "--num-seeds", "2"]), (4, ["--resume"])):
+    first = [*small_flags(script), "--num-seeds", "2", "--seed", "3"]
+    for updates, flags in ((2, first), (4, ["--resume"])):
         folder = [str(path) for path in tmp_path.glob("runs/*")]
         module.main(module.parse_args([*flags, *folder, "--track", "--total-timesteps", str(updates * BATCH)]))
-    assert {(options["id"], options["resume"]) for options in started} == {(folder_of(tmp_path).name, "allow")}
-    calls = [(call.kwargs.get("step"), call.args[0]) for call in tracker.log.call_args_list]
-    of_update = lambda number: [(number * BATCH, f"seed_{seed}/losses/entropy") for seed in (1, 2)]
-    expected = [*of_update(1), *of_update(2), *of_update(3), *of_update(4)]
-    assert [step for step, _ in calls] == [step for step, _ in expected]
+    folder = folder_of(tmp_path)
+    expected = [(update, seed, update * BATCH) for update in (1, 2, 3, 4) for seed in (3, 4)]
+    assert [(int(row["update"]), int(row["seed"]), int(row["global_step"])) for row in rows(folder)] == expected
+    losses = [row["losses/value_loss"] for row in rows(folder)]
+    assert all(a != b for a, b in zip(losses[::2], losses[1::2], strict=True))
+    assert json.loads((folder / "evaluation.json").read_text())["sampled"] == {"success": [0.5, 0.5]}
+
+    assert {(options["id"], options["resume"]) for options in started} == {(folder.name, "allow")}
+    logged = [(call.kwargs.get("step"), call.args[0]) for call in tracker.log.call_args_list]
+    assert [step for step, _ in logged] == [step for *_, step in expected]
+    assert all(f"seed_{seed}/losses/entropy" in row for (_, row), (_, seed, _) in zip(logged, expected, strict=True))
     summaries = [call.args[0] for call in tracker.summary.update.call_args_list]
     assert len(summaries) == 2 and all(summary["eval/success"] == 0.5 for summary in summaries)
-    assert all(name in row for (_, row), (_, name) in zip(calls, expected, strict=True))
 
 
 @pytest.mark.slow
@@ -303,24 +295,46 @@ def test_help_shows_every_flag(name, capsys):
         assert "".join(x for x in comment if x.isalnum() or x in "-_") in shown, comment
 
 
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """-> a function that runs main of a script with a stand-in for its state, until training begins -> the state."""
+    monkeypatch.chdir(tmp_path)
+
+    def begin(name: str, **changes):
+        module, started = load(name), []
+
+        def init(args, env, agent, key):
+            train_state = module.TrainState.create(apply_fn=None, params=jnp.zeros(1), tx=optax.identity())
+            return module.RunnerState(train_state, key, *[jnp.zeros(args.num_envs)] * 4)
+
+        def train(args, update, state, *_):
+            started.append(state)
+            raise SystemExit
+
+        monkeypatch.setattr(module, "init", init)
+        monkeypatch.setattr(module, "train", train)
+        with pytest.raises(SystemExit):
+            module.main(tiny_args(module, **changes))
+        return started[0]
+
+    return begin
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_seed_decides_what_is_drawn(name, tmp_path, monkeypatch):
+def test_the_seed_decides_what_is_drawn(name, begin):
     """--seed 5 --num-seeds 2 starts from the keys of 5 and 6."""
-    module, started = load(name), []
+    keys = jax.random.key_data(begin(name, seed=5, num_seeds=2).key).tolist()
+    assert keys == [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (5, 6)]
 
-    def init(args, env, agent, key):
-        train_state = module.TrainState.create(apply_fn=None, params=jnp.zeros(1), tx=optax.identity())
-        return module.RunnerState(train_state, key, *[jnp.zeros(args.num_envs)] * 4)
 
-    def train(args, update, state, *_):
-        started.append(jax.random.key_data(state.key).tolist())
-        raise SystemExit
-
-    monkeypatch.setattr(module, "init", init)
-    monkeypatch.setattr(module, "train", train)
-    with pytest.raises(SystemExit):
-        module.main(tiny_args(module, runs_dir=str(tmp_path), seed=5, num_seeds=2))
-    assert started == [[jax.random.key_data(jax.random.key(seed)).tolist() for seed in (5, 6)]]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_run_has_a_folder_of_its_own(name, begin, tmp_path):
+    """Two runs of one seed that start one after the other do not share a folder. --runs-dir sets where it is."""
+    for _ in range(2):
+        begin(name, runs_dir="else/where")
+    assert [path.name for path in tmp_path.iterdir()] == ["else"]
+    folders = list((tmp_path / "else" / "where").iterdir())
+    assert len(folders) == 2 and all((folder / "args.json").exists() for folder in folders)
 
 
 @pytest.mark.parametrize("name", TMAZE)

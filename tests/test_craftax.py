@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import quick_jit
+from common import load, quick_jit, small_args
 
 from envs import craftax
 from envs.craftax import GAMES, Craftax, pack
-from envs.wrappers import EpisodeStatistics, OptimisticReset
 
 FULL, CLASSIC = GAMES
 unpack = jax.jit(craftax.unpack)
@@ -246,8 +245,10 @@ def test_unlocking_an_achievement():
 
 @pytest.mark.slow
 def test_in_the_stack():
-    """Outputs are right under vmap, jit and scan, with statistics and resets, and each reset has another world."""
-    env = OptimisticReset(EpisodeStatistics(ENVS[CLASSIC]), 8, 4)
+    """In the script's own environment, under vmap, jit and scan, outputs are right, with statistics and resets, and
+    each reset has another world."""
+    script = load("ppo_agalite_craftax")
+    env = script.make_env(small_args(script, env_id=CLASSIC), 8)
     params = env.default_params.replace(max_timesteps=12)
     assert (env.num_envs, env.max_return, len(env.achievements)) == (8, 22, 22)
 

@@ -8,7 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import CLASSIC, build, deviation, float64, load, make_env, noise_observation, quick_jit, small_args
+from common import (
+    CLASSIC,
+    CRAFTAX,
+    build,
+    deviation,
+    float64,
+    load,
+    make_env,
+    noise_observation,
+    quick_jit,
+    small_args,
+    tiny_args,
+)
 
 from envs.craftax import GAMES, Craftax, unpack
 
@@ -34,6 +46,26 @@ def test_parameter_count(name, count):
     assert sizes["Dense_0"] == sizes["Dense_1"] == 129 * 128, "hidden layers of actor and critic"
     assert sizes["Dense_2"] == 129 * 43 and sizes["Dense_3"] == 129
     assert sum(sizes.values()) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CRAFTAX)
+def test_trains_on_the_game_itself(name):
+    """`init`, `update` and `evaluate` fit the real game: they are traced with it, but not compiled, which would take
+    minutes. (Other tests of the scripts have a stand-in; test_craftax.py plays in the script's environment.)"""
+    script = load(name)
+    args = tiny_args(script, env_id="Craftax-Classic-Symbolic-v1")
+    env = script.make_env(args, args.num_envs)
+    agent = script.ActorCritic(args, env.action_space(env.default_params).n)
+
+    def train_and_evaluate(key):
+        runner, *reported = script.update(args, env, script.init(args, env, agent, key))
+        return runner, reported, script.evaluate(env, agent, runner.train_state.params, key, False)
+
+    runner, (_, outcomes), results = jax.eval_shape(train_and_evaluate, jax.random.key(0))
+    assert (runner.obs.shape, runner.obs.dtype) == ((args.num_envs, CLASSIC.packed_size), jnp.uint8)
+    for found in (outcomes, results):
+        assert sum("achievements/" in name for name in found) == 22 and any("score" in name for name in found)
 
 
 def test_initial_encoder(script):

@@ -1,5 +1,6 @@
 """What a run does when it is killed, interrupted, out of disk, damaged, edited or diverging."""
 
+import functools
 import json
 import resource
 import shlex
@@ -10,11 +11,12 @@ import time
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from cli import (
     BATCH,
-    PATIENCE,
     assert_same_outcome,
     checkpoint,
     edited,
@@ -75,24 +77,24 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 @pytest.fixture
 def signalled(tmp_path):
-    """-> a function that trains in this process for three updates, the second of which sends it a signal -> actions on
-    this signal after the second and later updates, updates that were saved, exit status or None."""
+    """-> a function that trains in this process for three updates, and sends it a signal in update `at` -> actions on
+    this signal after that update and later ones, updates that were saved, exit status or None."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def train(script: str, number: int):
+    def train(script: str, number: int, at: int | None = 2):
         module, actions, checkpoints = load(script), [], mock.Mock(all_steps=lambda: [])
 
         def update(state):
-            if state == 1:
+            if state == at:
                 signal.raise_signal(number)
-            if state >= 1:
+            if at and state >= at:
                 actions.append(signal.getsignal(number))
             return state + 1, {"charts/episodes": np.zeros(1, int)}, {}
 
         args, status = tiny_args(module, total_timesteps=3 * tiny_args(module).batch_size), None
         assert args.num_updates == 3
         try:
-            module.train(args, update, 0, 0, tmp_path, checkpoints, None, [])
+            module.train(args, update, 1, 0, tmp_path, checkpoints, None, [])
         except SystemExit as stopped:
             status = stopped.code
         return actions, [call.args[0] for call in checkpoints.save.call_args_list], status
@@ -118,17 +120,10 @@ def test_nohup_is_respected(script, signalled):
 
 
 @pytest.mark.parametrize("script", FIRST)
-def test_signal_after_training_ends_the_run(script, tmp_path):
+def test_a_signal_after_training_ends_the_run(script, signalled):
     """During the evaluation nothing is left to save, so the first signal ends the run."""
-    process = start(script, "--total-timesteps", BATCH, "--eval-episodes", 10**5, cwd=tmp_path)
-    wait_for_row(process, tmp_path, 1)
-    deadline = time.time() + PATIENCE
-    while not list(tmp_path.glob("runs/*/learning_curve.png")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    finish(process, expect=-signal.SIGINT)
-    assert steps(folder_of(tmp_path)) == [1]
+    signalled(script, signal.SIGHUP, at=None)
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 4
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -193,15 +188,28 @@ def test_the_checkpoint_before_a_damaged_one_is_used(script, damage, tmp_path, r
     assert snapshot(folder / "checkpoints") == before
 
 
+@quiet
 @pytest.mark.parametrize("script", FIRST)
-@pytest.mark.parametrize("damage", [truncate, empty], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_run_completes_after_damage(script, damage, tmp_path):
-    """If the newest checkpoint is damaged, a run continues from the previous one to the same end and saves it again."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished(script), folder)
-    damage(folder / "checkpoints" / "200")
-    run(script, "--resume", folder, cwd=tmp_path, small=False)
-    assert_same_outcome(folder, finished(script))
+    """If the newest checkpoint is damaged, a run continues from the previous one and saves the damaged one again."""
+    module = load(script)
+    args = tiny_args(module, total_timesteps=3 * tiny_args(module).batch_size, checkpoint_interval=1)
+    update = lambda state: ({"sum": state["sum"] + 1}, {"charts/episodes": np.zeros(1, int)}, {})
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    manager = functools.partial(
+        ocp.CheckpointManager, tmp_path / "checkpoints", options=options, item_handlers=ocp.StandardCheckpointHandler()
+    )
+    first = {"sum": jnp.zeros(())}
+    with manager() as checkpoints:
+        module.train(args, update, first, 0, tmp_path, checkpoints, None, [])
+    damage(tmp_path / "checkpoints" / "3")
+    with manager() as checkpoints:
+        number, state = module.restore(checkpoints, first)
+        assert number == state["sum"] == 2
+        module.train(args, update, state, number, tmp_path, checkpoints, None, [])
+    assert [int(row["update"]) for row in rows(tmp_path)] == [1, 2, 3]
+    assert checkpoint(tmp_path, 3) == {"sum": 3}
 
 
 @quiet
@@ -249,15 +257,15 @@ def test_checkpoints_of_a_script_before_it_was_edited_stay(script, edit, tmp_pat
 
 
 @pytest.mark.parametrize("script", FIRST)
-def test_checkpoints_of_other_sizes_stay(script, tmp_path):
+def test_checkpoints_of_other_sizes_stay(script, tmp_path, restored):
     """The same holds if the sizes in args.json are no longer those of the checkpoint."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     args = json.loads((folder / "args.json").read_text())
     (folder / "args.json").write_text(json.dumps(args | {"d_actor": 17}))
     before = snapshot(folder)
-    _, err = run(script, "--resume", folder, cwd=tmp_path, small=False, expect=1)
-    assert "float32[1, 16] there and float32[1, 17] here" in err.splitlines()[-1] and "Traceback" not in err
+    with pytest.raises(SystemExit, match=r"float32\[1, 16\] there and float32\[1, 17\] here$"):
+        restored(load(script), folder, "--resume")
     assert snapshot(folder) == before
 
 

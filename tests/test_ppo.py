@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import sync
 from common import (
@@ -64,8 +65,7 @@ class Played:
         self.script, self.args = script, small_args(script, num_steps=48, num_envs=32, total_timesteps=10**4)
         self.env, self.agent = build(script, self.args)
         runner = quick_jit(functools.partial(script.init, self.args, self.env, self.agent))(jax.random.key(1))
-        self.initial_params = runner.train_state.params
-        self.params = random_params(self.initial_params)
+        self.initial, self.params = runner, random_params(runner.train_state.params)
         # Compiled as in a real run: this compares rounding in acting and in learning.
         rollout = jax.jit(functools.partial(script.rollout, self.args, self.env))
         runner, *_ = rollout(stagger(with_params(runner, self.params)), jax.random.key(2))
@@ -129,6 +129,18 @@ FAULTS = {
 def test_ratio_one_notices(played, fault):
     """Each planted fault moves the ratio far from 1, so the test above can fail."""
     assert min(played.errors(**FAULTS[fault](played))) > 1e-2
+
+
+def test_a_checkpoint_gives_every_bit_back(played, tmp_path):
+    """`restore` returns what was saved in the middle of episodes, in place of a run's first state."""
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(tmp_path, options=options, item_handlers=ocp.StandardCheckpointHandler()) as checkpoints:
+        checkpoints.save(7, args=ocp.args.StandardSave(played.after))
+        number, restored = played.script.restore(checkpoints, played.initial)
+    assert number == 7
+    assert_identical(arrays_of(restored), arrays_of(played.after))
+    changed = jax.tree.map(lambda a, b: bool((data(a) != data(b)).any()), played.initial, played.after)
+    assert all(jax.tree.leaves((changed.obs, changed.memory))) and any(jax.tree.leaves(changed.env_state))
 
 
 # ---------------------------------------------------------------------------------------------------------- Advantages
@@ -404,7 +416,7 @@ def test_noise_differs_from_update_to_update(script, monkeypatch, tmp_path):
 def test_initial_heads(name):
     """Kernels of the heads are orthogonal: hidden layers of actor and critic, policy, value. Biases are 0, except for
     the value's on the T-Maze."""
-    args, params = played_by(name).args, played_by(name).initial_params["params"]
+    args, params = played_by(name).args, played_by(name).initial.train_state.params["params"]
     gains = (2, 2, 0.01, 1) if name in CRAFTAX else (2**0.5, 2**0.5, 0.1 if name in TMAZE else 2**0.5, 2**0.5)
     layers = [float64(params[f"Dense_{i}"]) for i in range(4)]
     sizes = [layer["bias"].size for layer in layers]

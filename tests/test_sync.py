@@ -61,8 +61,8 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def scripts(tmp_path):
-    """Two of the project's scripts that keep the rule; everything that may differ differs."""
-    first, second = (tmp_path / name for name in sync.PROJECT[:2])
+    """Scripts of two tasks that keep the rule; everything that may differ differs."""
+    first, second = tmp_path / "ppo_agalite_tmaze.py", tmp_path / "ppo_agalite_craftax.py"
     first.write_text(SCRIPT.format(imports="", title="first", default=1))
     second.write_text(SCRIPT.format(imports="import sys\n", title="second", default=2))
     return first, second
@@ -143,6 +143,18 @@ def test_a_difference_is_found_and_repaired(scripts, change, capsys):
     assert sync.main(first.parent, ["--from", second.name]) == 0
     assert second.read_text() == changed
     assert first.read_text() == kept.replace(old, new)
+
+
+def test_a_task_has_one_main(scripts):
+    """`main` may differ between tasks (as here), but not between scripts of one task, and is repaired there."""
+    first, second = scripts
+    third = first.with_name("ppo_gtrxl_tmaze.py")
+    third.write_text(second.read_text())
+    assert sync.differences([first, third, second]) == [f"main differs between {first.name} and {third.name}"]
+    kept = second.read_text()
+    sync.main(first.parent, ["--from", first.name])
+    assert 'print("first")' in third.read_text() and second.read_text() == kept
+    assert sync.differences([first, third, second]) == []
 
 
 def test_fields_without_comment_are_refused(scripts):
