@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What each piece of the T-Maze recipe is worth: AGaLiTe at corridor 160 without one piece.
-# 1.5M steps, 4 to 5 minutes on one core per seed and piece. Then
+# 1.5M steps, 4 to 5 minutes per seed and piece on a core of Zen 5, 8 to 17 on a busy one of Zen 4. Then
 #
 #     python benchmarks/results.py docs/results/tmaze_ablation runs/tmaze_ablation/*
 #

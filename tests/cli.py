@@ -47,7 +47,7 @@ def small_flags(script: str) -> list[str]:
 FINISHED = tempfile.mkdtemp()  # for runs that several tests share
 atexit.register(shutil.rmtree, FINISHED, ignore_errors=True)
 
-# Programs are compiled quickly. Those of one process are there for the others, see conftest.py.
+# Programs are compiled quickly. Processes reuse what others have compiled, see conftest.py.
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")

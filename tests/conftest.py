@@ -13,8 +13,9 @@ def pytest_configure(config):
     """Its settings hold for all processes of a test session, including the scripts that tests start."""
     if not hasattr(config, "workerinput"):  # not in the workers of pytest-xdist, which inherit the environment
         config.compiled = tempfile.mkdtemp()
-        # Each program is compiled once for all processes. (benchmarks/gpu.sh has a folder for this already.)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", config.compiled)
+        # Programs that take 0.1 s or longer to compile are kept for all processes that have the same XLA_FLAGS. Never
+        # in the user's folder: tests kill processes while they write.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         # By default, some GPUs multiply float32 with ten bits of mantissa (TF32).
         os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")

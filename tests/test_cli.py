@@ -328,8 +328,9 @@ def test_the_seed_decides_what_is_drawn(name, begin):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_each_run_has_a_folder_of_its_own(name, begin, tmp_path):
-    """Two runs of one seed that start one after the other do not share a folder. --runs-dir sets where it is."""
+def test_each_run_has_a_folder_of_its_own(name, begin, tmp_path, monkeypatch):
+    """Two runs of one seed that start a nanosecond apart do not share a folder. --runs-dir sets where it is."""
+    monkeypatch.setattr(load(name), "time", mock.Mock(time_ns=mock.Mock(side_effect=[10**18 + 1, 10**18 + 2])))
     for _ in range(2):
         begin(name, runs_dir="else/where")
     assert [path.name for path in tmp_path.iterdir()] == ["else"]

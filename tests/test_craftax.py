@@ -245,8 +245,8 @@ def test_unlocking_an_achievement():
 
 @pytest.mark.slow
 def test_in_the_stack():
-    """In the script's own environment, under vmap, jit and scan, outputs are right, with statistics and resets, and
-    each reset has another world."""
+    """The script's environment works under vmap, jit and scan: ends, statistics and resets are right, and each reset
+    makes another world."""
     script = load("ppo_agalite_craftax")
     env = script.make_env(small_args(script, env_id=CLASSIC), 8)
     params = env.default_params.replace(max_timesteps=12)

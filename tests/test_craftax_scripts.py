@@ -51,16 +51,16 @@ def test_parameter_count(name, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CRAFTAX)
 def test_trains_on_the_game_itself(name):
-    """`init`, `update` and `evaluate` fit the real game: they are traced with it, but not compiled, which would take
-    minutes. (Other tests of the scripts have a stand-in; test_craftax.py plays in the script's environment.)"""
+    """`init`, `update` and `evaluate` accept the real game. They are only traced: compiling would take minutes, so
+    nothing is computed. Elsewhere the scripts have a stand-in; test_craftax.py plays the game in their environment."""
     script = load(name)
     args = tiny_args(script, env_id="Craftax-Classic-Symbolic-v1")
-    env = script.make_env(args, args.num_envs)
+    env, many = script.make_env(args, args.num_envs), script.make_env(args, 3, evaluation=True)
     agent = script.ActorCritic(args, env.action_space(env.default_params).n)
 
     def train_and_evaluate(key):
         runner, *reported = script.update(args, env, script.init(args, env, agent, key))
-        return runner, reported, script.evaluate(env, agent, runner.train_state.params, key, False)
+        return runner, reported, script.evaluate(many, agent, runner.train_state.params, key, False)
 
     runner, (_, outcomes), results = jax.eval_shape(train_and_evaluate, jax.random.key(0))
     assert (runner.obs.shape, runner.obs.dtype) == ((args.num_envs, CLASSIC.packed_size), jnp.uint8)

@@ -77,11 +77,11 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 @pytest.fixture
 def signalled(tmp_path):
-    """-> a function that trains in this process for three updates, and sends it a signal in update `at` -> actions on
-    this signal after that update and later ones, updates that were saved, exit status or None."""
+    """-> a function that trains in this process for three updates and sends a signal in update `at` (None: never) ->
+    actions on this signal from that update on, updates that were saved, exit status or None."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def train(script: str, number: int, at: int | None = 2):
+    def train(script: str, number: int | None, at: int | None = 2):
         module, actions, checkpoints = load(script), [], mock.Mock(all_steps=lambda: [])
 
         def update(state):
@@ -121,8 +121,9 @@ def test_nohup_is_respected(script, signalled):
 
 @pytest.mark.parametrize("script", FIRST)
 def test_a_signal_after_training_ends_the_run(script, signalled):
-    """During the evaluation nothing is left to save, so the first signal ends the run."""
-    signalled(script, signal.SIGHUP, at=None)
+    """After training, all signals have their default action again: in the evaluation nothing is left to save, so the
+    first signal ends the run."""
+    signalled(script, None, at=None)
     assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 4
 
 
@@ -192,7 +193,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(script, damage, tmp_path, r
 @pytest.mark.parametrize("script", FIRST)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_run_completes_after_damage(script, damage, tmp_path):
-    """If the newest checkpoint is damaged, a run continues from the previous one and saves the damaged one again."""
+    """If the newest checkpoint is damaged, a run continues from the previous one and replaces the damaged one."""
     module = load(script)
     args = tiny_args(module, total_timesteps=3 * tiny_args(module).batch_size, checkpoint_interval=1)
     update = lambda state: ({"sum": state["sum"] + 1}, {"charts/episodes": np.zeros(1, int)}, {})
@@ -210,6 +211,16 @@ def test_run_completes_after_damage(script, damage, tmp_path):
         module.train(args, update, state, number, tmp_path, checkpoints, None, [])
     assert [int(row["update"]) for row in rows(tmp_path)] == [1, 2, 3]
     assert checkpoint(tmp_path, 3) == {"sum": 3}
+
+
+@pytest.mark.parametrize("script", FIRST)
+def test_a_damaged_run_ends_like_a_whole_one(script, tmp_path):
+    """With a damaged newest checkpoint, --resume ends with the same bits as a run that was never damaged."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished(script), folder)
+    truncate(folder / "checkpoints" / "200")
+    run(script, "--resume", folder, cwd=tmp_path, small=False)
+    assert_same_outcome(folder, finished(script))
 
 
 @quiet

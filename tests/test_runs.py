@@ -10,6 +10,7 @@ import time
 
 import jax
 import pytest
+import sync
 from cli import (
     BATCH,
     assert_same_outcome,
@@ -24,7 +25,7 @@ from cli import (
     steps,
     wait_for_row,
 )
-from common import CRAFTAX, FEW, FIRST
+from common import CRAFTAX, FEW, FIRST, SCRIPTS
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -56,6 +57,7 @@ def check_metrics(folder, updates: int, outcome: str, low: float, high: float):
 
 # The first script of each task also makes a video, uses --track, and is killed and resumed.
 FIRST_OF_TASKS = "ppo_agalite_tmaze", "ppo_agalite_mysterypath", "ppo_agalite_craftax"
+OWN = [name for name in SCRIPTS if f"{name}.py" not in sync.PROJECT]  # a user's: nothing compares their `main`
 UPDATES = {"tmaze": 100, "mysterypath": 16, "craftax": 40}  # of a run; images make updates slow
 
 
@@ -114,12 +116,12 @@ def test_run_leaves_what_it_promises(script):
         assert len(unlocked) == 2 and 0 < max(unlocked) <= 1 and min(unlocked) >= 0
 
 
-@pytest.mark.parametrize("script", FIRST_OF_TASKS)
+@pytest.mark.parametrize("script", [*FIRST_OF_TASKS, *OWN])
 def test_killed_run_resumes_bit_for_bit(script, tmp_path):
     """A run that is killed in mid-episode and resumed (the first script's twice) ends with the same bits as an
     uninterrupted run. (test_ppo.py tests for each script that its checkpoints give every bit back.)"""
     updates = updates_of(script)
-    kill_at = [updates // 8, updates // 2] if script in FIRST else [updates // 3]
+    kill_at = [updates // 8] + [updates // 2] * (script in FIRST)
     flags = ["--total-timesteps", updates * BATCH, "--checkpoint-interval", max(updates // 10, 1)]
     process = start(script, *flags, cwd=tmp_path)
     for row in kill_at:

@@ -155,6 +155,7 @@ def test_a_task_has_one_main(scripts):
     sync.main(first.parent, ["--from", first.name])
     assert 'print("first")' in third.read_text() and second.read_text() == kept
     assert sync.differences([first, third, second]) == []
+    assert sync.SAME_WITHIN_A_TASK == {"make_env", "main"}
 
 
 def test_fields_without_comment_are_refused(scripts):
