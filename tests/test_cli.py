@@ -14,6 +14,7 @@ import pytest
 from cli import (
     BATCH,
     ENVIRONMENT,
+    checkpoint,
     edited,
     finished,
     folder_of,
@@ -241,7 +242,9 @@ def test_several_seeds_have_rows_each(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "jit", quick_jit)
     tracker, module, started = mock.Mock(), load(script), []
-    monkeypatch.setattr(module, "evaluate", lambda *_, **__: {"success": jnp.array([0.0, 1.0])})
+    # Stands for an evaluation: two numbers of each seed's parameters.
+    of_params = lambda env, agent, params, *_: {"success": jax.tree.leaves(params)[1].ravel()[:2]}
+    monkeypatch.setattr(module, "evaluate", of_params)
     monkeypatch.setattr(module.wandb, "init", lambda **options: started.append(options) or tracker)
     first = [*small_flags(script), "--num-seeds", "2", "--seed", "3"]
     for updates, flags in ((2, first), (4, ["--resume"])):
@@ -252,14 +255,17 @@ def test_several_seeds_have_rows_each(script, tmp_path, monkeypatch):
     assert [(int(row["update"]), int(row["seed"]), int(row["global_step"])) for row in rows(folder)] == expected
     losses = [row["losses/value_loss"] for row in rows(folder)]
     assert all(a != b for a, b in zip(losses[::2], losses[1::2], strict=True))
-    assert json.loads((folder / "evaluation.json").read_text())["sampled"] == {"success": [0.5, 0.5]}
+    leaf = jax.tree.leaves(checkpoint(folder)["train_state"]["params"])[1].reshape(2, -1)  # of seeds 3 and 4
+    success = leaf[:, :2].mean(1).tolist()
+    assert json.loads((folder / "evaluation.json").read_text())["sampled"]["success"] == pytest.approx(success)
+    assert success[0] != success[1]
 
     assert {(options["id"], options["resume"]) for options in started} == {(folder.name, "allow")}
     logged = [(call.kwargs.get("step"), call.args[0]) for call in tracker.log.call_args_list]
     assert [step for step, _ in logged] == [step for *_, step in expected]
     assert all(f"seed_{seed}/losses/entropy" in row for (_, row), (_, seed, _) in zip(logged, expected, strict=True))
     summaries = [call.args[0] for call in tracker.summary.update.call_args_list]
-    assert len(summaries) == 2 and all(summary["eval/success"] == 0.5 for summary in summaries)
+    assert len(summaries) == 2 and summaries[-1]["eval/success"] == pytest.approx(sum(success) / 2)
 
 
 @pytest.mark.slow
