@@ -253,8 +253,12 @@ def patches(x, size: int, stride: int):
     """The inputs of each position of a convolution without padding. (..., H, W, C) -> (..., h, w, size * size * C)."""
     # Joins squares of stride x stride pixels, then n x n neighbouring squares. stride must divide size, H and W.
     *batch, H, W, C = x.shape
+    if x.dtype == jnp.uint8:  # to move four bytes at once is faster
+        x = jax.lax.bitcast_convert_type(x.reshape(*batch, H, W * C // 4, 4), jnp.uint32)
     H, W, n = H // stride, W // stride, size // stride
-    x = x.reshape(*batch, H, stride, W, stride, C).swapaxes(-4, -3).reshape(*batch, H, W, stride * stride * C)
+    x = x.reshape(*batch, H, stride, W, -1).swapaxes(-3, -2)  # (..., H, W, stride, stride * C)
+    x = jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == jnp.uint32 else x
+    x = x.reshape(*batch, H, W, stride * stride * C)
     h, w = H - n + 1, W - n + 1
     return jnp.concatenate([x[..., i : i + h, j : j + w, :] for i in range(n) for j in range(n)], axis=-1)
 
