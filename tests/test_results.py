@@ -1,5 +1,5 @@
 """benchmarks/results.py decides what README calls solved and what tables and curves show, corridors.py the same over
-the length of the corridor. Results are compared with without_memory.py and random_policy.py."""
+the length of the corridor. Results are compared with without_memory.py and random_policy.py; cue.py looks inside."""
 
 import dataclasses
 import importlib
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from common import FIRST, assert_close, build, load, quick_jit, random_observations, small_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import cue
 import random_policy
 import results
 import without_memory
@@ -205,3 +207,44 @@ def test_a_random_policy_guesses(name, monkeypatch):
     results = random_policy.evaluate(script, args)
     assert results["episodic_length"].shape == (400,) and results["episodic_length"].max() < 100
     assert 0.4 < results["success"].mean() < 0.6
+
+
+def test_the_cue_explains_what_depends_on_it():
+    """All of what is the cue itself, half of it plus noise of equal variance, nothing of noise or of a constant."""
+    rng = np.random.default_rng(0)
+    is_down = np.repeat([0.0, 1.0], 2000)
+    noise = rng.normal(size=(4000, 3, 2))
+    cue_itself = np.broadcast_to(is_down[:, None, None], noise.shape)
+    explained = lambda x: float(cue.explained(x, is_down))
+    assert explained(cue_itself) == pytest.approx(1, abs=1e-4)
+    assert explained(cue_itself / cue_itself.std() + noise) == pytest.approx(0.5, abs=0.03)
+    assert explained(noise) < 0.01 and explained(np.ones((4000, 3))) == 0
+
+
+@pytest.mark.slow
+def test_where_a_run_keeps_the_cue(tmp_path, monkeypatch, capsys):
+    """At the entrance the cue explains everything. Without memory, nothing at the junction; a folder may be wrong."""
+    monkeypatch.setattr(jax, "jit", quick_jit)
+    script = load("ppo_lstm_tmaze")
+    args = small_args(script, corridor_len=9, max_episode_steps=20)
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    with pytest.raises(SystemExit, match="has no checkpoint"):
+        cue.main("ppo_lstm_tmaze.py", str(tmp_path))
+    env, agent = build(script, args)
+    runner = jax.vmap(lambda seed: script.init(args, env, agent, jax.random.key(seed)))(jax.numpy.arange(2))
+    with ocp.CheckpointManager(tmp_path / "checkpoints", item_handlers=ocp.StandardCheckpointHandler()) as checkpoints:
+        checkpoints.save(1, args=ocp.args.StandardSave(runner))
+
+    def table():
+        cue.main("ppo_lstm_tmaze.py", str(tmp_path))
+        header, _, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+        assert header == ["cell", "0", "2", "4", "6", "8"]
+        return {name: [float(x) for x in shares] for name, *shares in lines}
+
+    with_memory = table()
+    assert len(with_memory) == 4 and {"output.logits", "output.value"} < set(with_memory)
+    assert all(shares[0] == 1 for shares in with_memory.values())
+    monkeypatch.setattr(script, "ActorCritic", without_memory.forgetful(script.ActorCritic))
+    without = table()
+    assert all(shares[0] == 1 and max(shares[1:]) < 0.02 for shares in without.values())
+    assert max(with_memory["output.logits"][1:]) > 0.02, "even before training, an LSTM remembers for two steps"
