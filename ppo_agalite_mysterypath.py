@@ -390,10 +390,10 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
     """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: the value after it is 0."""
 
     def step(carry, transition):
-        advantage, next_value = carry
+        next_advantage, next_value = carry
         discount = gamma * (1 - transition.done)
         delta = transition.reward + discount * next_value - transition.value
-        advantage = delta + discount * gae_lambda * advantage
+        advantage = delta + discount * gae_lambda * next_advantage
         return (advantage, transition.value), advantage
 
     _, advantages = jax.lax.scan(step, (jnp.zeros_like(last_value), last_value), transitions, reverse=True)
@@ -401,7 +401,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on G rollouts (T, G, ...), replayed from their start memory (G, ...) -> loss, metrics."""
+    """PPO's clipped loss on a minibatch: G rollouts (T, G, ...) from their start memory (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -438,7 +438,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which of the K environments of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); by vmap, within each device
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); vmap keeps it within each device
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -497,6 +497,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
+        if resume and evaluate:
+            raise SystemExit("--resume and --evaluate cannot be combined")
         return resume or evaluate
 
     run_dir, _ = tyro.cli(run_dir_flag, args=argv, add_help=False, return_unknown_args=True)
@@ -507,20 +509,23 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
-    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # a resumed run may change these
-    free += "" if saved.anneal_lr else " total_timesteps"  # an annealed learning rate depends on it
+    may_change = "resume checkpoint_interval eval_episodes capture_video track distributed".split()
+    may_change += [] if saved.anneal_lr else ["total_timesteps"]  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
-        if args.resume and name not in free.split() and getattr(args, name) != value:
+        if args.resume and name not in may_change and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
     return args
 
 
 def make_shardings(args: Args):
-    """-> shardings of what `update` returns: over seeds (axis 0) if these divide evenly, else environments (axis 1)."""
+    """-> shardings of what `update` returns: by seed (axis 0) if all devices get equally many, else by environment."""
     by_seed = args.num_seeds % jax.device_count() == 0
     count = jax.device_count() if by_seed else math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
     if count < jax.device_count():
-        print(f"Using {count} of {jax.device_count()} devices: --num-envs / --num-minibatches is not divisible by more")
+        used = f"{count} of {jax.device_count()} devices: --num-envs / --num-minibatches is not divisible by more"
+        if jax.process_count() > 1:  # a process without a device would wait for ever
+            raise SystemExit(f"--distributed can use just {used}")
+        print(f"Using {used}")
     mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
     sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
     runner = sharded("device") if by_seed else RunnerState(sharded(), sharded(), *[sharded(None, "device")] * 4)
@@ -559,9 +564,15 @@ def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.Dic
 def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
     """Runs updates start + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
     signals, writer, steps, chief = [], None, args.batch_size, jax.process_index() == 0
-    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # a second one kills
+
+    def note(signum, _):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # a second one kills
+
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
-    noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
+    noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
+    for signum in noted:
+        signal.signal(signum, note)
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
@@ -628,9 +639,10 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
-        # 95% intervals over seeds, or over the episodes of one seed. Names with a slash, achievements, are too many.
+        # With several seeds, 95% intervals over seeds, else over episodes. Achievements, whose names have a slash, are
+        # too many to print.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
-        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
+        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # half its width (Student's t)
         shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
@@ -663,7 +675,9 @@ def main(args: Args) -> None:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
         if chief and not existing:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
-            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        if chief and not args.evaluate:  # also of a resumed run, which may be longer now
+            (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
+            (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
         print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
         runner = jax.jit(init_seeds, out_shardings=shardings[0])(args.seed + jnp.arange(args.num_seeds))
         size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))  # of one seed

@@ -393,10 +393,10 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
     """GAE (Schulman et al. 2016) -> advantages (T, B). Truncation counts as termination: the value after it is 0."""
 
     def step(carry, transition):
-        advantage, next_value = carry
+        next_advantage, next_value = carry
         discount = gamma * (1 - transition.done)
         delta = transition.reward + discount * next_value - transition.value
-        advantage = delta + discount * gae_lambda * advantage
+        advantage = delta + discount * gae_lambda * next_advantage
         return (advantage, transition.value), advantage
 
     _, advantages = jax.lax.scan(step, (jnp.zeros_like(last_value), last_value), transitions, reverse=True)
@@ -404,7 +404,7 @@ def compute_gae(transitions: Transition, last_value: jax.Array, gamma: float, ga
 
 
 def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage, target):
-    """PPO's clipped loss on G rollouts (T, G, ...), replayed from their start memory (G, ...) -> loss, metrics."""
+    """PPO's clipped loss on a minibatch: G rollouts (T, G, ...) from their start memory (G, ...) -> loss, metrics."""
     logits, value, _ = apply_fn(params, batch.obs, batch.reset, memory)
     log_ratio = -optax.softmax_cross_entropy_with_integer_labels(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
@@ -441,7 +441,7 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
     memory = jax.tree.map(lambda x: x.reshape(G, K, *x.shape[1:]), memory)
 
     def minibatch_step(train_state, chosen):  # chosen (G,): which of the K environments of each group
-        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); by vmap, within each device
+        choose = jax.vmap(lambda group, i: group[i])  # (G, K, ...), (G,) -> (G, ...); vmap keeps it within each device
         start_memory = jax.tree.map(lambda x: choose(x, chosen), memory)
         rollouts = jax.tree.map(lambda x: jax.vmap(choose, (0, None))(x, chosen), batch)  # (T, G, ...)
         grad = jax.grad(ppo_loss, has_aux=True)
@@ -494,6 +494,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
+        if resume and evaluate:
+            raise SystemExit("--resume and --evaluate cannot be combined")
         return resume or evaluate
 
     run_dir, _ = tyro.cli(run_dir_flag, args=argv, add_help=False, return_unknown_args=True)
@@ -504,10 +506,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{run_dir} is not the folder of a run of this script: {error}") from None
     args = tyro.cli(Args, args=argv, default=saved)
-    free = "resume checkpoint_interval eval_episodes capture_video track distributed"  # a resumed run may change these
-    free += "" if saved.anneal_lr else " total_timesteps"  # an annealed learning rate depends on it
+    may_change = "resume checkpoint_interval eval_episodes capture_video track distributed".split()
+    may_change += [] if saved.anneal_lr else ["total_timesteps"]  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
-        if args.resume and name not in free.split() and getattr(args, name) != value:
+        if args.resume and name not in may_change and getattr(args, name) != value:
             raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
     return args
 
@@ -544,9 +546,15 @@ def open_metrics(path: Path, columns: list[str], earlier: list[dict]) -> csv.Dic
 def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tracker, headline: list[str]):
     """Runs updates start + 1 to num_updates of all seeds, with metrics and checkpoints -> the state after them."""
     signals, writer, steps, chief = [], None, args.batch_size, jax.process_index() == 0
-    note = lambda signum, _: signals.append(signum) or signal.signal(signum, signal.SIG_DFL)  # a second one kills
+
+    def note(signum, _):
+        signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # a second one kills
+
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
-    noted = {n: signal.signal(n, note) for n in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup}
+    noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
+    for signum in noted:
+        signal.signal(signum, note)
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
@@ -632,7 +640,9 @@ def main(args: Args) -> None:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
         if not existing:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
-            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        if not args.evaluate:  # also of a resumed run, which may be longer now
+            (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
+            (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
 
         # Axis B is spread over `count` devices, a divisor of the number G of groups in `learn`.
         count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())

@@ -49,6 +49,15 @@ def test_two_processes_equal_one(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", FIRST)
+def test_a_process_without_a_device_is_refused(script, tmp_path):
+    """If a minibatch has fewer environments than there are processes, all of them say so and end."""
+    for process in start_two(script, "--num-minibatches", 4, cwd=tmp_path):
+        _, err = finish(process, expect=1)
+        assert "--distributed can use just 1 of 2 devices: --num-envs" in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", FIRST)
 def test_signal_to_one_stops_both(script, tmp_path):
     """SIGTERM to one of the processes stops both after the same update, with a checkpoint of it."""
     processes = start_two(script, "--total-timesteps", 5000 * BATCH, cwd=tmp_path)
