@@ -418,7 +418,8 @@ def learn(args: Args, train_state: TrainState, key: jax.Array, memory, batch):
 def update(args: Args, env, runner: RunnerState):
     """One rollout and the learning from it -> runner, metrics, outcomes: means over the episodes that ended."""
     key, refresh_key, rollout_key, learn_key = jax.random.split(runner.key, 4)
-    start = runner._replace(key=key, env_state=env.refresh(refresh_key, runner.env_state, env.default_params))
+    env_state = env.refresh(refresh_key, runner.env_state, env.default_params)  # some tasks prepare episodes here
+    start = runner._replace(key=key, env_state=env_state)
     runner, transitions, infos, last_value = rollout(args, env, start, rollout_key)
     advantage = compute_gae(transitions, last_value, args.gamma, args.gae_lambda)
     target = transitions.value + compute_gae(transitions, last_value, args.gamma, args.critic_lambda)
@@ -437,7 +438,8 @@ def update(args: Args, env, runner: RunnerState):
 
 def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dict[str, jax.Array]:
     """Plays one whole episode in each of the B environments -> the entries of info that env.outcomes names, (B,)."""
-    B, (key, reset_key) = env.num_envs, jax.random.split(key)
+    B = env.num_envs
+    key, reset_key = jax.random.split(key)
     obs, env_state = env.reset(reset_key, env.default_params)
     results = {name: jnp.zeros(B) for name in env.outcomes.values()}
 
@@ -459,8 +461,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
-        if resume and evaluate:
-            raise SystemExit("--resume and --evaluate cannot be combined")
         return resume or evaluate
 
     run_dir, _ = tyro.cli(run_dir_flag, args=argv, add_help=False, return_unknown_args=True)
@@ -474,8 +474,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     may_change = "resume checkpoint_interval eval_episodes capture_video track distributed".split()
     may_change += [] if saved.anneal_lr else ["total_timesteps"]  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
-        if args.resume and name not in may_change and getattr(args, name) != value:
-            raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
+        if args.resume and name not in may_change and (new := getattr(args, name)) != value:
+            raise SystemExit(f"--{name.replace('_', '-')} is {value!r} in {run_dir} and cannot be {new!r}")
     return args
 
 
@@ -535,6 +535,10 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
     for signum in noted:
         signal.signal(signum, note)
+    if chief and args.resume and start < args.num_updates:  # it may be longer than it was
+        saved = json.loads((run_dir / "args.json").read_text()) | {"total_timesteps": args.total_timesteps}
+        (run_dir / "args.new").write_text(json.dumps(saved, indent=2))
+        (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
@@ -601,10 +605,9 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
-        # With several seeds, 95% intervals over seeds, else over episodes. Achievements, whose names have a slash, are
-        # too many to print.
+        # 95% intervals over seeds, or over the episodes of one seed. Achievements, names with a slash, are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
-        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # half its width (Student's t)
+        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # after the ± (Student's t)
         shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
@@ -636,9 +639,7 @@ def main(args: Args) -> None:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
         if chief and not existing:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
-        if chief and not args.evaluate:  # also of a resumed run, which may be longer now
-            (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
-            (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
+            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
         print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
         runner = jax.jit(init_seeds, out_shardings=shardings[0])(args.seed + jnp.arange(args.num_seeds))
         size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))  # of one seed

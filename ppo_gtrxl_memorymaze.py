@@ -494,8 +494,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
-        if resume and evaluate:
-            raise SystemExit("--resume and --evaluate cannot be combined")
         return resume or evaluate
 
     run_dir, _ = tyro.cli(run_dir_flag, args=argv, add_help=False, return_unknown_args=True)
@@ -509,8 +507,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     may_change = "resume checkpoint_interval eval_episodes capture_video track distributed".split()
     may_change += [] if saved.anneal_lr else ["total_timesteps"]  # an annealed learning rate depends on it
     for name, value in vars(saved).items():
-        if args.resume and name not in may_change and getattr(args, name) != value:
-            raise SystemExit(f"--{name.replace('_', '-')} is {value} in {run_dir} and cannot be {getattr(args, name)}")
+        if args.resume and name not in may_change and (new := getattr(args, name)) != value:
+            raise SystemExit(f"--{name.replace('_', '-')} is {value!r} in {run_dir} and cannot be {new!r}")
     return args
 
 
@@ -555,6 +553,10 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
     for signum in noted:
         signal.signal(signum, note)
+    if chief and args.resume and start < args.num_updates:  # it may be longer than it was
+        saved = json.loads((run_dir / "args.json").read_text()) | {"total_timesteps": args.total_timesteps}
+        (run_dir / "args.new").write_text(json.dumps(saved, indent=2))
+        (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
     start_time = time.time() - float(earlier[-1]["elapsed"] if earlier else 0)
@@ -620,7 +622,7 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
         act_fn = functools.partial(act_jit, params, kind == "greedy")
         returns, lengths = host_evaluate(args, envs, initial_memory, act_fn).T
         results[kind] = {"episodic_return": [returns.mean()], "episodic_length": [lengths.mean()]}
-        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's 95% interval
+        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # after the ± (Student's t)
         shown = f"{returns.mean():.3g}" + (f" ± {half(returns):.2g}" if returns.size > 1 else "")
         print(f"Evaluation, {kind} actions, {returns.size} episodes: episodic_return {shown}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
@@ -640,9 +642,7 @@ def main(args: Args) -> None:
             tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
         if not existing:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
-        if not args.evaluate:  # also of a resumed run, which may be longer now
-            (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
-            (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
+            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
 
         # Axis B is spread over `count` devices, a divisor of the number G of groups in `learn`.
         count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())

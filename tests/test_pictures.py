@@ -12,14 +12,19 @@ from common import MEMORYMAZE, MYSTERYPATH, build, count_parameters, load, quick
 script = load("ppo_agalite_mysterypath")  # the encoder is the same text in all scripts
 
 
+@pytest.mark.parametrize("channels", [4, 5])
 @pytest.mark.parametrize("size, stride", [(8, 4), (4, 2), (3, 1)])
-def test_patches_times_a_kernel_is_a_convolution(size, stride):
-    """patches(x) @ kernel is Flax's convolution without padding, for the sizes the encoder uses."""
-    x = np.float32(np.random.default_rng(0).normal(size=(2, 3, 20, 16, 5)))
+def test_patches_times_a_kernel_is_a_convolution(size, stride, channels):
+    """patches(x) @ kernel is Flax's convolution without padding, for the sizes the encoder uses. Bytes stay bytes,
+    whether or not four of them are moved at once."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 20, 16, channels), np.uint8)
+    x = np.float32(images) / 255
+    of_bytes = script.patches(jnp.array(images), size, stride)
+    np.testing.assert_array_equal(of_bytes, np.rint(255 * script.patches(x, size, stride)))
     conv = nn.Conv(7, (size, size), stride, padding="VALID", use_bias=False)
     params = conv.init(jax.random.key(0), x)
     n = size // stride
-    kernel = params["params"]["kernel"].reshape(n, stride, n, stride, 5, 7).swapaxes(1, 2).reshape(-1, 7)
+    kernel = params["params"]["kernel"].reshape(n, stride, n, stride, channels, 7).swapaxes(1, 2).reshape(-1, 7)
     np.testing.assert_allclose(script.patches(x, size, stride) @ kernel, conv.apply(params, x), atol=1e-5)
 
 
