@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Memory Maze 9x9 with small agents, AGaLiTe and LSTM: the table of docs/memorymaze.md.
-# 753,664 steps, about an hour on one core and 5 GB per agent and seed.
+# 753,664 steps, 70 to 103 minutes on one core and 5 GB of RAM per agent and seed.
 #
 #     benchmarks/memorymaze_small.sh [seed ...]
 set -euo pipefail

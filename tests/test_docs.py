@@ -199,18 +199,27 @@ def test_a_memory_of_your_own_passes_the_tests(tmp_path):
     assert done.returncode == 0 and int(passed[1]) >= 20, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize("memory", ["mine", "lstm", "gru"])
 @pytest.mark.parametrize("name, following", [("mysterypath", "def patches("), ("craftax", "class SymbolEncoder(")])
-def test_a_memory_of_your_own_fits_other_tasks(name, following, tmp_path):
+def test_a_memory_of_your_own_fits_other_tasks(name, following, memory, tmp_path):
     """What docs/your_own.md says about copies for Mystery Path and Craftax gives a script that runs."""
-    path = ROOT / f"ppo_agalite_{name}.py"
-    source = replace_between(path.read_text(), "class GRUGate(", following, block_with("class MinGRU") + "\n\n")
-    memory = block_with("def initial_memory").replace("    @nn.nowrap\n", "", 1)
-    source = replace_between(source, "    def initial_memory", "    @nn.compact\n", memory + "\n")
-    call = block_with("MinGRU(self.args").replace("(obs)", "(x)", 1)
+    if memory == "mine":
+        model, initial_memory = block_with("class MinGRU") + "\n\n", block_with("def initial_memory") + "\n"
+        initial_memory = initial_memory.replace("    @nn.nowrap\n", "", 1)
+        call, unread = block_with("MinGRU(self.args").replace("(obs)", "(x)", 1), []
+    else:
+        between = lambda start, end: start + source_of_memory.split(start, 1)[1].split(end, 1)[0]
+        source_of_memory = (ROOT / f"ppo_{memory}_tmaze.py").read_text()
+        model = between("def over_time(", "class ActorCritic(")
+        initial_memory = between("    def initial_memory", "    @nn.compact\n")
+        call, unread = f"        x, memory = {memory.upper()}(self.args.d_model)(x, reset, memory)\n", ["num_layers"]
+    source = (ROOT / f"ppo_agalite_{name}.py").read_text()
+    source = replace_between(source, "class GRUGate(", following, model)
+    source = replace_between(source, "    def initial_memory", "    @nn.compact\n", initial_memory)
     start, end = re.search(r"        x, memory = AGaLiTe\(.*\n", source).span()
     source = source[:start] + call + source[end:]
     source = source.replace("memory: Memory)", "memory)").replace("args.hidden_size", "args.d_model")
-    for field in ("d_head", "d_ffc", "num_heads", "eta", "r", "chrono_steps"):
+    for field in ("d_head", "d_ffc", "num_heads", "eta", "r", "chrono_steps", *unread):
         source, count = re.subn(rf"^    {field}: .*\n", "", source, flags=re.M)
         source = re.sub(rf"^(        sizes \+?= .*) {field}\b", r"\1", source, flags=re.M)
         assert count == 1
@@ -221,7 +230,7 @@ def test_a_memory_of_your_own_fits_other_tasks(name, following, tmp_path):
     env, agent = build(script, args)
     begin_and_update = lambda key: script.update(args, env, script.init(args, env, agent, key))
     runner, metrics, _ = jax.eval_shape(begin_and_update, jax.random.key(0))
-    assert [x.shape for x in runner.memory] == [(args.num_envs, args.d_model)] and "losses/entropy" in metrics
+    assert {x.shape for x in runner.memory} == {(args.num_envs, args.d_model)} and "losses/entropy" in metrics
     assert unread_fields(source) == set()
 
 
