@@ -1,6 +1,6 @@
 """PPO with GTrXL, a gated transformer that attends to a window of past steps, on the T-Maze.
 
-    python ppo_gtrxl_tmaze.py --corridor-len 160 --memory-len 128  # most seeds are solved, in 4 to 9 minutes on a core
+    python ppo_gtrxl_tmaze.py --corridor-len 160 --memory-len 128  # most seeds are solved, in 5 to 15 minutes on a core
 
 The agent sees a cue at the start of a corridor. At the other end, 159 steps later, it must turn as the cue showed.
 Its memory is GTrXL (Parisotto et al., ICML 2020, arXiv 1910.06764) with the relative positions of Transformer-XL (Dai
