@@ -485,8 +485,8 @@ def make_shardings(args: Args):
     count = jax.device_count() if by_seed else math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
     if count < jax.device_count():
         used = f"{count} of {jax.device_count()} devices: --num-envs / --num-minibatches is not divisible by more"
-        if jax.process_count() > 1:  # a process without a device would wait for ever
-            raise SystemExit(f"--distributed can use just {used}")
+        if jax.process_count() > 1:  # a process without a device would wait forever
+            raise SystemExit(f"--distributed can use only {used}")
         print(f"Using {used}")
     mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
     sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
@@ -535,7 +535,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
     for signum in noted:
         signal.signal(signum, note)
-    if chief and args.resume and start < args.num_updates:  # it may be longer than it was
+    if chief and args.resume and start < args.num_updates:  # the run may be longer now
         saved = json.loads((run_dir / "args.json").read_text()) | {"total_timesteps": args.total_timesteps}
         (run_dir / "args.new").write_text(json.dumps(saved, indent=2))
         (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole

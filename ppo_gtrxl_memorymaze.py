@@ -553,7 +553,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
     for signum in noted:
         signal.signal(signum, note)
-    if chief and args.resume and start < args.num_updates:  # it may be longer than it was
+    if chief and args.resume and start < args.num_updates:  # the run may be longer now
         saved = json.loads((run_dir / "args.json").read_text()) | {"total_timesteps": args.total_timesteps}
         (run_dir / "args.new").write_text(json.dumps(saved, indent=2))
         (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole

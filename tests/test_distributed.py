@@ -53,7 +53,7 @@ def test_a_process_without_a_device_is_refused(script, tmp_path):
     """If a minibatch has fewer environments than there are processes, all of them say so and end."""
     for process in start_two(script, "--num-minibatches", 4, cwd=tmp_path):
         _, err = finish(process, expect=1)
-        assert "--distributed can use just 1 of 2 devices: --num-envs" in err and "Traceback" not in err
+        assert "--distributed can use only 1 of 2 devices: --num-envs" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
