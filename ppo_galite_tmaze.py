@@ -469,7 +469,7 @@ def make_shardings(args: Args):
         if jax.process_count() > 1:  # a process without a device would wait forever
             raise SystemExit(f"--distributed can use only {used}")
         print(f"Using {used}")
-    mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    mesh = jax.sharding.Mesh(jax.devices()[:count], ("device",))
     sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
     runner = sharded("device") if by_seed else RunnerState(sharded(), sharded(), *[sharded(None, "device")] * 4)
     return runner, sharded(), sharded()
@@ -517,8 +517,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for signum in noted:
         signal.signal(signum, note)
     if chief and args.resume and start < args.num_updates:  # the run may be longer now
-        saved = json.loads((run_dir / "args.json").read_text()) | {"total_timesteps": args.total_timesteps}
-        (run_dir / "args.new").write_text(json.dumps(saved, indent=2))
+        (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
         (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
@@ -547,7 +546,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
         if metrics["charts/episodes"].all():  # else there is no mean to show
             bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
-        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # a signal to one stops all
+        stop = int(process_allgather(np.int32(max(signals, default=0))).max())  # a signal to one stops all
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
                 for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # `restore` passed over them
@@ -565,15 +564,13 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
 
 def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
-    """Draws columns of metrics.csv over environment steps, one line per seed."""
-    options = {"delimiter": ",", "names": True, "deletechars": "", "ndmin": 1}
-    table = np.genfromtxt(run_dir / "metrics.csv", **options, invalid_raise=False)  # leaves out a row that is cut short
+    """Draws columns of metrics.csv over environment steps, one line per seed. Leaves out a row that is cut short."""
+    table = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="", invalid_raise=False)
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
         for seed in np.unique(table["seed"]):
-            rows = table[table["seed"] == seed]
-            axis.plot(rows["global_step"], rows[name], label=f"seed {seed:.0f}")
+            axis.plot("global_step", name, data=table[table["seed"] == seed], label=f"seed {seed:.0f}")
     axis.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
@@ -584,8 +581,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
     for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
-        result = {name: np.asarray(values) for name, values in result.items()}  # (S, B) each
-        results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}
+        results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}  # values (S, B)
         # 95% intervals over seeds, or over the episodes of one seed. Achievements, names with a slash, are too many.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
         half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # after the ± (Student's t)
@@ -621,10 +617,10 @@ def main(args: Args) -> None:
         if chief and not existing:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-        print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
+        print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...", flush=True)
         runner = jax.jit(init_seeds, out_shardings=shardings[0])(args.seed + jnp.arange(args.num_seeds))
         size = sum(x[0].size for x in jax.tree.leaves(runner.train_state.params))  # of one seed
-        print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
+        print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps", flush=True)
         handler, read_only = ocp.StandardCheckpointHandler(), args.evaluate != ""
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, read_only=read_only)
         checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handler)

@@ -554,8 +554,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     for signum in noted:
         signal.signal(signum, note)
     if chief and args.resume and start < args.num_updates:  # the run may be longer now
-        saved = json.loads((run_dir / "args.json").read_text()) | {"total_timesteps": args.total_timesteps}
-        (run_dir / "args.new").write_text(json.dumps(saved, indent=2))
+        (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
         (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
     earlier = [row for row in earlier if None not in row.values() and int(row["update"]) <= start]  # None: cut short
@@ -584,7 +583,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
         if metrics["charts/episodes"].all():  # else there is no mean to show
             bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
-        stop = int(process_allgather(np.int32(signals[-1] if signals else 0)).max())  # a signal to one stops all
+        stop = int(process_allgather(np.int32(max(signals, default=0))).max())  # a signal to one stops all
         if stop or number % args.checkpoint_interval == 0 or number == args.num_updates:
             try:
                 for unreadable in [n for n in checkpoints.all_steps() if n >= number]:  # `restore` passed over them
@@ -602,15 +601,13 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
 
 def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
-    """Draws columns of metrics.csv over environment steps, one line per seed."""
-    options = {"delimiter": ",", "names": True, "deletechars": "", "ndmin": 1}
-    table = np.genfromtxt(run_dir / "metrics.csv", **options, invalid_raise=False)  # leaves out a row that is cut short
+    """Draws columns of metrics.csv over environment steps, one line per seed. Leaves out a row that is cut short."""
+    table = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="", invalid_raise=False)
     figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
         for seed in np.unique(table["seed"]):
-            rows = table[table["seed"] == seed]
-            axis.plot(rows["global_step"], rows[name], label=f"seed {seed:.0f}")
+            axis.plot("global_step", name, data=table[table["seed"] == seed], label=f"seed {seed:.0f}")
     axis.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
@@ -646,7 +643,7 @@ def main(args: Args) -> None:
 
         # Axis B is spread over `count` devices, a divisor of the number G of groups in `learn`.
         count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
-        mesh = jax.make_mesh((count,), ("device",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+        mesh = jax.sharding.Mesh(jax.devices()[:count], ("device",))
         sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
         replicated, by_env, time_first = sharded(), sharded("device"), sharded(None, "device")  # (B, ...), (T, B, ...)
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
@@ -656,10 +653,10 @@ def main(args: Args) -> None:
         learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=of_learn, out_shardings=replicated)
         init_jit = jax.jit(functools.partial(init_learner, args, envs, agent), out_shardings=replicated)
 
-        print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...")
+        print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...", flush=True)
         train_state = init_jit(jax.random.key(args.seed))
         size = sum(x.size for x in jax.tree.leaves(train_state.params))
-        print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps")
+        print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps", flush=True)
         handler, read_only = ocp.StandardCheckpointHandler(), args.evaluate != ""
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, read_only=read_only)
         checkpoints = ocp.CheckpointManager(run_dir / "checkpoints", options=options, item_handlers=handler)

@@ -54,6 +54,7 @@ ENVIRONMENT = os.environ | {
     + "".join(f" --{name}={str(value).lower()}" for name, value in quick_compiler_options().items()),
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
+    "PYTHONUNBUFFERED": "",  # not set, as in a batch job whose output goes to a file
     "PYTHONPATH": str(REPOSITORY),  # for copies of scripts in other folders
 }
 

@@ -193,15 +193,17 @@ def test_evaluate_only_evaluates(script, tmp_path):
 @pytest.mark.parametrize("script", FIRST)
 def test_finished_run_can_be_extended(script, tmp_path):
     """--resume with more --total-timesteps continues a finished run, keeps its rows, and continues the clock. If a copy
-    of the script renames a metric, both columns stay. The devices may change: here to two of four, because a minibatch
-    has two environments."""
+    of the script renames a metric, both columns stay; if it adds a flag, args.json has it. The devices may change: here
+    to two of four, because a minibatch has two environments."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     before = rows(folder)
-    renamed = edited(script, tmp_path, ('"losses/entropy": entropy', '"losses/entropy_of_policy": entropy'))
+    renamed = '"losses/entropy": entropy', '"losses/entropy_of_policy": entropy'
+    added = "    # The model\n", "    # The model\n    wind: float = 0.5\n"
+    copy = edited(script, tmp_path, renamed, added)
     four = ENVIRONMENT | {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
     flags = "--resume", folder, "--total-timesteps", 220 * BATCH
-    out, _ = run(script, *flags, cwd=tmp_path, small=False, path=renamed, env=four)
+    out, _ = run(script, *flags, cwd=tmp_path, small=False, path=copy, env=four)
     assert "Using 2 of 4 devices" in out
     after = rows(folder)
     assert [row | {"losses/entropy_of_policy": ""} for row in before] == after[:200]
@@ -210,8 +212,8 @@ def test_finished_run_can_be_extended(script, tmp_path):
     assert elapsed == sorted(elapsed) and elapsed[200] > elapsed[199] >= elapsed[0] > 0
     assert [int(row["update"]) for row in after] == list(range(1, 221))
     assert steps(folder)[-1] == 220
-    expected = saved_args(finished(script)) | {"total_timesteps": 220 * BATCH}
-    assert saved_args(folder) == expected, "so --resume continues to the new length if it is interrupted"
+    expected = saved_args(finished(script)) | {"total_timesteps": 220 * BATCH, "wind": 0.5}
+    assert saved_args(folder) == expected, "so --resume continues with the new length and flag if it is interrupted"
 
 
 @pytest.mark.slow
@@ -282,9 +284,10 @@ def test_distributed_needs_a_job(script, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Some errors were detected")
 @pytest.mark.parametrize("script", FIRST)
-def test_a_row_that_is_cut_short_is_not_drawn(script, tmp_path):
-    """A full disk may cut the last row of metrics.csv. The curve shows the other rows."""
-    (tmp_path / "metrics.csv").write_text("seed,global_step,charts/episodic_return\n1,64,\n1,128,0.5\n1,1")
+@pytest.mark.parametrize("rows", ["1,64,\n1,128,0.5\n1,1", "1,64,0.5\n", "1,64,\n"])
+def test_a_row_that_is_cut_short_is_not_drawn(script, rows, tmp_path):
+    """A full disk may cut the last row of metrics.csv. The curve shows the other rows, also if there is only one."""
+    (tmp_path / "metrics.csv").write_text(f"seed,global_step,charts/episodic_return\n{rows}")
     load(script).plot_learning_curves(tmp_path, ["charts/episodic_return"])
     assert (tmp_path / "learning_curve.png").stat().st_size > 1000
 

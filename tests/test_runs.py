@@ -128,8 +128,9 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path):
         wait_for_row(process, tmp_path, row)
         time.sleep(random.uniform(0, 0.1))
         process.kill()
-        finish(process, expect=-signal.SIGKILL)
+        out, _ = finish(process, expect=-signal.SIGKILL)
         folder = folder_of(tmp_path)
+        assert f"Run folder: {folder}\nCompiling" in out and " parameters, " in out, "printed at once, also to a file"
         assert len(rows(folder)) < updates, "killed too late"
         assert not checkpoint(folder)["reset"].all(), "every episode had just ended"
         process = start(script, "--resume", folder, cwd=tmp_path, small=False)
