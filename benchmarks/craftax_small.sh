@@ -3,13 +3,13 @@
 # 2M steps; a run takes 10 to 15 minutes on a core of Zen 5, 24 to 34 on a busy one of Zen 4.
 #
 #     benchmarks/craftax_small.sh [seed ...]
-#     STEPS=1e7 benchmarks/craftax_small.sh [seed ...]  # another length
+#     STEPS=1e7 benchmarks/craftax_small.sh [seed ...]  # another length, in runs/craftax_small_1e7
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 flags=(
-  --runs-dir runs/craftax_small --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 --num-layers 2 --d-model 64 --d-head 32
+  --runs-dir "runs/craftax_small${STEPS:+_$STEPS}" --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 --num-layers 2 --d-model 64 --d-head 32
   --total-timesteps "${STEPS:-2e6}" --checkpoint-interval 60 --eval-episodes 500
 )
 for seed in "${@:-1}"; do
