@@ -553,7 +553,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
     for signum in noted:
         signal.signal(signum, note)
-    if chief and args.resume and start < args.num_updates:  # the run may be longer now
+    if chief and args.resume and start < args.num_updates:  # it may be longer now, or have other flags
         (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
         (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []
@@ -603,7 +603,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
     """Draws columns of metrics.csv over environment steps, one line per seed. Leaves out a row that is cut short."""
     table = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True, deletechars="", invalid_raise=False)
-    figure = Figure(figsize=(4.5 * len(names), 3.5), layout="constrained")
+    figure = Figure(figsize=(6 * len(names), 3.5), layout="constrained")
     for i, name in enumerate(names, start=1):
         axis = figure.add_subplot(1, len(names), i, xlabel="environment steps", ylabel=name)
         for seed in np.unique(table["seed"]):

@@ -284,10 +284,10 @@ def test_distributed_needs_a_job(script, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Some errors were detected")
 @pytest.mark.parametrize("script", FIRST)
-@pytest.mark.parametrize("rows", ["1,64,\n1,128,0.5\n1,1", "1,64,0.5\n", "1,64,\n"])
-def test_a_row_that_is_cut_short_is_not_drawn(script, rows, tmp_path):
+@pytest.mark.parametrize("lines", ["1,64,\n1,128,0.5\n1,1", "1,64,0.5\n", "1,64,\n"])
+def test_a_row_that_is_cut_short_is_not_drawn(script, lines, tmp_path):
     """A full disk may cut the last row of metrics.csv. The curve shows the other rows, also if there is only one."""
-    (tmp_path / "metrics.csv").write_text(f"seed,global_step,charts/episodic_return\n{rows}")
+    (tmp_path / "metrics.csv").write_text(f"seed,global_step,charts/episodic_return\n{lines}")
     load(script).plot_learning_curves(tmp_path, ["charts/episodic_return"])
     assert (tmp_path / "learning_curve.png").stat().st_size > 1000
 
