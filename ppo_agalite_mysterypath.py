@@ -59,7 +59,7 @@ class Args:
     resume: str = ""  # folder of an interrupted run: continue from its newest checkpoint
     evaluate: str = ""  # folder of a run: evaluate its newest checkpoint, do not train
     eval_episodes: int = 200  # episodes of the evaluation (each in its own environment)
-    capture_video: bool = False  # save one episode of the final policy as a GIF
+    capture_video: bool = False  # save one episode of the final policy as a GIF (of the first seed)
     track: bool = False  # also log to Weights & Biases, to WANDB_PROJECT (WANDB_MODE=offline needs no account)
     distributed: bool = False  # this is one of several processes that train together (docs/usage.md)
 
@@ -101,8 +101,7 @@ class Args:
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
-    def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreased linearly to 0, once per update."""
+    def learning_rate_at(self, step):  # step: the number of gradient steps before this one
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates) if self.anneal_lr else self.learning_rate
 
@@ -123,7 +122,7 @@ class Args:
 
 
 def make_env(args: Args, num_envs: int, evaluation: bool = False) -> PooledReset:
-    # Few rollouts end more episodes than the pool has paths: an agent that knows its path walks it in 13.5 steps.
+    # Few rollouts end more episodes than the pool has paths: a known path, too, usually takes more than 8 steps.
     pool_size = 1 if evaluation else max(1, args.num_steps // 8)  # an evaluation plays one episode per environment
     return PooledReset(EpisodeStatistics(MysteryPath(args.env_id)), num_envs, pool_size)
 
@@ -159,7 +158,7 @@ class LayerMemory(NamedTuple):
 
 
 class Memory(NamedTuple):
-    tick: jax.Array  # (B,) int32, the time t in cos(w t), modulo a period; as published, an episode starts at t = 2
+    tick: jax.Array  # (B,) int32, t in cos(w t), modulo a period; each episode starts at t = 2 (published: the first)
     layers: tuple[LayerMemory, ...]  # one for each layer
 
 
@@ -177,13 +176,13 @@ def gated_linear_attention(memory: LayerMemory, reset, cos, weight, k, q, v, bet
 
     Time is cut into chunks of C steps. The forward pass keeps only the memory before each chunk; the backward pass
     computes a chunk again (jax.checkpoint). On a CPU a chunk is a loop over its steps, which fit into the cache. On a
-    GPU, to launch the kernels of a step takes longer than their work, so an associative scan computes a chunk at once.
+    GPU, launching the kernels of a step takes longer than running them, so an associative scan computes a whole chunk.
     """
     on_cpu = jax.default_backend() == "cpu"
     T, C = len(k), min(len(k), 16 if on_cpu else 128)
     expand = functools.partial(jnp.einsum, "...e,...d->...ed")
 
-    def recurrence(state, decay, inflow):  # -> decay_t state_{t-1} + inflow_t; on a GPU of all C steps, (C, ...)
+    def recurrence(state, decay, inflow):  # -> decay_t state_{t-1} + inflow_t; on a GPU all C states, (C, ...)
         if on_cpu:
             return decay * state + inflow
         # Two steps in a row are again such a step: a2 (a1 s + b1) + b2 = (a1 a2) s + (b1 a2 + b2).
@@ -246,7 +245,7 @@ class AGaLiTe(nn.Module):
 
     @nn.compact
     def __call__(self, x, reset, memory: Memory):
-        # The w of cos(w t). As cos(-x) = cos(x), half are enough: each counts twice, but 0, the last of odd r, once.
+        # The w of cos(w t). As cos(-x) = cos(x), half are enough: each counts twice, but the middle one of odd r once.
         frequencies = jnp.linspace(-jnp.pi, jnp.pi, self.args.r)[: (self.args.r + 1) // 2]  # (F,)
         weight = jnp.full(len(frequencies), 2.0).at[self.args.r // 2 :].set(1.0)
 
@@ -519,10 +518,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def make_shardings(args: Args):
     """-> shardings of what `update` returns: by seed (axis 0) if all devices get equally many, else by environment."""
-    by_seed = args.num_seeds % jax.device_count() == 0
-    count = jax.device_count() if by_seed else math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
-    if count < jax.device_count():
-        used = f"{count} of {jax.device_count()} devices: --num-envs / --num-minibatches is not divisible by more"
+    available, groups = jax.device_count(), args.num_envs // args.num_minibatches  # groups of environments in `learn`
+    by_seed = args.num_seeds % available == 0
+    count = available if by_seed else max(n for n in range(1, available + 1) if groups % n == 0)
+    if count < available:
+        used = f"{count} of {available} devices: --num-envs / --num-minibatches is not divisible by more"
         if jax.process_count() > 1:  # a process without a device would wait forever
             raise SystemExit(f"--distributed can use only {used}")
         print(f"Using {used}")
@@ -567,7 +567,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
     def note(signum, _):
         signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one kills
+        signal.signal(signum, signal.SIG_DFL)  # the same signal again kills
 
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
@@ -639,10 +639,10 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}  # values (S, B)
-        # 95% intervals over seeds, or over the episodes of one seed. Achievements, names with a slash, are too many.
+        # 95% intervals over seeds, or over the episodes of one seed; not of achievements, whose names have a slash.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
-        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # after the ± (Student's t)
-        shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
+        margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's t
+        shown = [f"{name} {x.mean():.3g}" + (f" ± {margin(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:

@@ -8,7 +8,7 @@ ICML 2024), the memory is GTrXL (Parisotto et al., ICML 2020, arXiv 1910.06764),
 (Schulman et al. 2017).
 "Published" means by AGaLiTe's authors, for whom GTrXL is a baseline (Pramanik et al., TMLR 2024, arXiv 2310.15719).
 
-What to learn here: what a window of past steps costs, and how far back it sees, compared with a recurrent memory.
+What to learn here: how to attend to a window of past steps at a cost that grows with T, not T^2 (`window_attention`).
 The memory and its settings are those of ppo_gtrxl_tmaze.py, all else is as in ppo_agalite_craftax.py.
 The published size, 1e9 steps, is meant for a GPU and was not run; docs/craftax.md has settings for one CPU core, with
 Craftax Classic, and their results. The score is the return in percent of the sum of the rewards of all achievements.
@@ -60,13 +60,13 @@ class Args:
     resume: str = ""  # folder of an interrupted run: continue from its newest checkpoint
     evaluate: str = ""  # folder of a run: evaluate its newest checkpoint, do not train
     eval_episodes: int = 200  # episodes of the evaluation (each in its own environment)
-    capture_video: bool = False  # save one episode of the final policy as a GIF (its first 1000 steps)
+    capture_video: bool = False  # save one episode of the final policy as a GIF (first seed, first 1000 steps)
     track: bool = False  # also log to Weights & Biases, to WANDB_PROJECT (WANDB_MODE=offline needs no account)
     distributed: bool = False  # this is one of several processes that train together (docs/usage.md)
 
     # The environment
     env_id: str = "Craftax-Symbolic-v1"  # name of the environment (Craftax-Classic-Symbolic-v1: one floor, quicker)
-    optimistic_reset_ratio: int = 16  # environments per new world in each step, see OptimisticReset
+    optimistic_reset_ratio: int = 16  # each step makes one new world for this many environments
 
     # The model
     num_layers: int = 4  # transformer layers
@@ -99,8 +99,7 @@ class Args:
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
-    def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreased linearly to 0, once per update."""
+    def learning_rate_at(self, step):  # step: the number of gradient steps before this one
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates) if self.anneal_lr else self.learning_rate
 
@@ -471,10 +470,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def make_shardings(args: Args):
     """-> shardings of what `update` returns: by seed (axis 0) if all devices get equally many, else by environment."""
-    by_seed = args.num_seeds % jax.device_count() == 0
-    count = jax.device_count() if by_seed else math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
-    if count < jax.device_count():
-        used = f"{count} of {jax.device_count()} devices: --num-envs / --num-minibatches is not divisible by more"
+    available, groups = jax.device_count(), args.num_envs // args.num_minibatches  # groups of environments in `learn`
+    by_seed = args.num_seeds % available == 0
+    count = available if by_seed else max(n for n in range(1, available + 1) if groups % n == 0)
+    if count < available:
+        used = f"{count} of {available} devices: --num-envs / --num-minibatches is not divisible by more"
         if jax.process_count() > 1:  # a process without a device would wait forever
             raise SystemExit(f"--distributed can use only {used}")
         print(f"Using {used}")
@@ -519,7 +519,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
     def note(signum, _):
         signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one kills
+        signal.signal(signum, signal.SIG_DFL)  # the same signal again kills
 
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
@@ -591,10 +591,10 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}  # values (S, B)
-        # 95% intervals over seeds, or over the episodes of one seed. Achievements, names with a slash, are too many.
+        # 95% intervals over seeds, or over the episodes of one seed; not of achievements, whose names have a slash.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
-        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # after the ± (Student's t)
-        shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
+        margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's t
+        shown = [f"{name} {x.mean():.3g}" + (f" ± {margin(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:
@@ -604,12 +604,11 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
 def plot_achievements(run_dir: Path) -> None:
     """Draws the share of episodes that unlocked each achievement, in the evaluation with sampled actions."""
     results = json.loads((run_dir / "evaluation.json").read_text())["sampled"]  # (S,) each
-    shares = {name: 100 * np.mean(values) for name, values in results.items() if name.startswith("achievements/")}
-    shares = dict(sorted(shares.items(), key=lambda item: item[1]))
-    names = [name.removeprefix("achievements/").replace("_", " ") for name in shares]
+    shares = {k.split("/")[1].replace("_", " "): 100 * np.mean(x) for k, x in results.items() if "/" in k}
+    names = sorted(shares, key=shares.get)
     figure = Figure(figsize=(7, 1 + 0.2 * len(names)), layout="constrained")
     axis = figure.add_subplot(xlabel="% of episodes", xlim=(0, 110))
-    axis.bar_label(axis.barh(names, list(shares.values())), fmt="%.3g", padding=3)
+    axis.bar_label(axis.barh(names, [shares[name] for name in names]), fmt="%.3g", padding=3)
     figure.savefig(run_dir / "achievements.png", dpi=150)
 
 

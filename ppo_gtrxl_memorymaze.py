@@ -13,7 +13,7 @@ What to learn here: how to train with environments that are CPU processes. The r
 Memory and learning are those of ppo_gtrxl_tmaze.py. To compare memories, `diff` this file with ppo_lstm_memorymaze.py.
 The defaults, 100M steps, were not run.
 
-Axes, time first: T time steps, B environments, A actions, D d_model, H heads, d d_head, L layers, M memory_len.
+Axes, time first: T steps, B environments, S seeds (1), A actions, D d_model, H heads, d d_head, L layers, M memory_len.
 """
 
 import csv
@@ -97,8 +97,7 @@ class Args:
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
-    def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreased linearly to 0, once per update."""
+    def learning_rate_at(self, step):  # step: the number of gradient steps before this one
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates) if self.anneal_lr else self.learning_rate
 
@@ -126,8 +125,8 @@ def make_env(args: Args, index: int = 0):
     steps = MAX_STEPS[args.env_id.split("-")[1]]  # the key is 9x9 in MemoryMaze-9x9-v0
     # All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
-    make = functools.partial(gymnasium.make, f"envs.memorymaze:{args.env_id}", disable_env_checker=True)
-    return functools.partial(make, first_episode_steps=first_steps)
+    options = {"disable_env_checker": True, "first_episode_steps": first_steps}
+    return functools.partial(gymnasium.make, f"envs.memorymaze:{args.env_id}", **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Model
@@ -294,7 +293,7 @@ class ImpalaEncoder(nn.Module):
                 y = Conv3x3(features)(nn.relu(x))
                 x = x + Conv3x3(features)(nn.relu(y))
         x = nn.relu(x).reshape(*x.shape[:2], -1)  # (T, B, 8 * 8 * 2 * channels)
-        # IMPALA's initial kernels. With a gain of sqrt(2), features are so large that the LSTM's gates saturate.
+        # IMPALA's initial kernels. With a gain of sqrt(2), features are so large that an LSTM's gates saturate.
         return nn.relu(nn.Dense(256, kernel_init=lecun_normal())(x))
 
 
@@ -382,8 +381,8 @@ def host_rollout(args: Args, envs, act_fn, current, key: jax.Array):
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset = next_obs, done
         if done.any():
-            counts = done & ~infos["final_info"].get("shortened", np.False_)  # not those that make_env shortened
-            episodes += zip(infos["episode"]["r"][counts], infos["episode"]["l"][counts], strict=True)
+            whole = done & ~infos["final_info"].get("shortened", np.False_)  # not those that make_env shortened
+            episodes += zip(infos["episode"]["r"][whole], infos["episode"]["l"][whole], strict=True)
     _, _, last_value, _ = act_fn(key, obs, reset, memory)  # its action is not used
     transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)  # T times (B, ...) -> (T, B, ...)
     return (obs, reset, memory), transitions, last_value, episodes
@@ -470,17 +469,18 @@ def learn_from(args: Args, train_state: TrainState, key: jax.Array, start_memory
 def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: TrainState):
     """One rollout and the learning from it -> current, train_state, metrics, outcomes: means over finished episodes."""
     rollout_key, learn_key = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), int(train_state.step)))
-    act_fn, (_, _, start_memory) = functools.partial(act_jit, train_state.params, False), current  # False: not greedy
+    act_fn = functools.partial(act_jit, train_state.params, False)  # False: not greedy
+    _, _, start_memory = current
     current, transitions, last_value, episodes = host_rollout(args, envs, act_fn, current, rollout_key)
     train_state, metrics = learn_jit(train_state, learn_key, start_memory, transitions, last_value)
-    mean_return, mean_length = np.mean(episodes or [(0.0, 0.0)], axis=0)  # `train` shows none if no episode ended
+    mean_return, mean_length = np.mean(episodes or [(0.0, 0.0)], axis=0)  # `train` drops the zeros if no episode ended
     outcomes = {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
     return current, train_state, metrics | {"charts/episodes": len(episodes)}, outcomes
 
 
 def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
     """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
-    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # above all gradient steps, which host_update folds in
+    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # host_update folds in a gradient step, which is smaller
     current, episodes = begin_episodes(args, envs, initial_memory, 1), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
@@ -547,7 +547,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
     def note(signum, _):
         signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one kills
+        signal.signal(signum, signal.SIG_DFL)  # the same signal again kills
 
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
@@ -619,8 +619,8 @@ def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path
         act_fn = functools.partial(act_jit, params, kind == "greedy")
         returns, lengths = host_evaluate(args, envs, initial_memory, act_fn).T
         results[kind] = {"episodic_return": [returns.mean()], "episodic_length": [lengths.mean()]}
-        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # after the ± (Student's t)
-        shown = f"{returns.mean():.3g}" + (f" ± {half(returns):.2g}" if returns.size > 1 else "")
+        margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's t
+        shown = f"{returns.mean():.3g}" + (f" ± {margin(returns):.2g}" if returns.size > 1 else "")
         print(f"Evaluation, {kind} actions, {returns.size} episodes: episodic_return {shown}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:
@@ -641,8 +641,9 @@ def main(args: Args) -> None:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
 
-        # Axis B is spread over `count` devices, a divisor of the number G of groups in `learn`.
-        count = math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
+        # Axis B is spread over `count` devices, which divides the number of groups in `learn`.
+        groups = args.num_envs // args.num_minibatches
+        count = max(n for n in range(1, jax.device_count() + 1) if groups % n == 0)
         mesh = jax.sharding.Mesh(jax.devices()[:count], ("device",))
         sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
         replicated, by_env, time_first = sharded(), sharded("device"), sharded(None, "device")  # (B, ...), (T, B, ...)

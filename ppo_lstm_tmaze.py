@@ -55,7 +55,7 @@ class Args:
     resume: str = ""  # folder of an interrupted run: continue from its newest checkpoint
     evaluate: str = ""  # folder of a run: evaluate its newest checkpoint, do not train
     eval_episodes: int = 200  # episodes of the evaluation (each in its own environment)
-    capture_video: bool = False  # save one episode of the final policy as a GIF
+    capture_video: bool = False  # save one episode of the final policy as a GIF (of the first seed)
     track: bool = False  # also log to Weights & Biases, to WANDB_PROJECT (WANDB_MODE=offline needs no account)
     distributed: bool = False  # this is one of several processes that train together (docs/usage.md)
 
@@ -92,15 +92,14 @@ class Args:
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
 
-    def learning_rate_at(self, step):
-        """The learning rate of gradient step `step`: constant, or decreased linearly to 0, once per update."""
+    def learning_rate_at(self, step):  # step: the number of gradient steps before this one
         update = step // (self.update_epochs * self.num_minibatches)
         return self.learning_rate * (1 - update / self.num_updates) if self.anneal_lr else self.learning_rate
 
     def __post_init__(self):
         sizes = "num_seeds checkpoint_interval eval_episodes hidden_size d_actor d_critic"
         sizes += " num_envs num_steps num_minibatches update_epochs"
-        rates = "learning_rate adam_eps clip_coef ent_coef vf_coef max_grad_norm"
+        rates = "logit_noise learning_rate adam_eps clip_coef ent_coef vf_coef max_grad_norm"
         rules = (sizes, 1, 2**40), (rates, 0, 2**40), ("gamma gae_lambda critic_lambda", 0, 1)
         for names, low, high in (*rules, ("seed", 0, 2**30), ("total_timesteps", self.batch_size, 2**60)):
             for name in names.split():
@@ -387,10 +386,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def make_shardings(args: Args):
     """-> shardings of what `update` returns: by seed (axis 0) if all devices get equally many, else by environment."""
-    by_seed = args.num_seeds % jax.device_count() == 0
-    count = jax.device_count() if by_seed else math.gcd(args.num_envs // args.num_minibatches, jax.device_count())
-    if count < jax.device_count():
-        used = f"{count} of {jax.device_count()} devices: --num-envs / --num-minibatches is not divisible by more"
+    available, groups = jax.device_count(), args.num_envs // args.num_minibatches  # groups of environments in `learn`
+    by_seed = args.num_seeds % available == 0
+    count = available if by_seed else max(n for n in range(1, available + 1) if groups % n == 0)
+    if count < available:
+        used = f"{count} of {available} devices: --num-envs / --num-minibatches is not divisible by more"
         if jax.process_count() > 1:  # a process without a device would wait forever
             raise SystemExit(f"--distributed can use only {used}")
         print(f"Using {used}")
@@ -435,7 +435,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
     def note(signum, _):
         signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one kills
+        signal.signal(signum, signal.SIG_DFL)  # the same signal again kills
 
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
@@ -507,10 +507,10 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}  # values (S, B)
-        # 95% intervals over seeds, or over the episodes of one seed. Achievements, names with a slash, are too many.
+        # 95% intervals over seeds, or over the episodes of one seed; not of achievements, whose names have a slash.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
-        half = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # after the ± (Student's t)
-        shown = [f"{name} {x.mean():.3g}" + (f" ± {half(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
+        margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's t
+        shown = [f"{name} {x.mean():.3g}" + (f" ± {margin(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
     if tracker:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Craftax Classic with small agents: AGaLiTe and GTrXL, with and without memory: the table of docs/craftax.md.
-# 2M steps; a run takes 10 to 15 minutes on a core of Zen 5, 24 to 34 on a busy one of Zen 4.
+# 2M steps; a run takes 10 minutes on an idle core of Zen 5, 24 to 47 on a busy one of Zen 4.
 #
 #     benchmarks/craftax_small.sh [seed ...]
 #     STEPS=1e7 benchmarks/craftax_small.sh [seed ...]  # another length, in runs/craftax_small_1e7

@@ -58,21 +58,22 @@ def choose_renderer() -> str:
     wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted and os.environ.get("MEMORY_MAZE_GL_WORKS") == wanted:
         return wanted
-    for name in [wanted] if wanted else ["egl", "osmesa"]:
-        # PYOPENGL_PLATFORM is what dm_control sets itself, and a leftover of another choice would make it fail.
-        environment = {k: v for k, v in os.environ.items() if k != "PYOPENGL_PLATFORM"} | {"MUJOCO_GL": name}
-        environment["DISABLE_RENDER_THREAD_OFFLOADING"] = "1"  # as in load()
+    os.environ.pop("PYOPENGL_PLATFORM", None)  # dm_control sets it; a leftover of another choice would make it fail
+    for name in [wanted] if wanted else ["egl", "osmesa", "glfw"]:
+        environment = os.environ | {"MUJOCO_GL": name, "DISABLE_RENDER_THREAD_OFFLOADING": "1"}  # as in load()
         # Some renderers start without a screen and fail at the first image, so draw one.
         script = "from dm_control import mujoco\nmujoco.Physics.from_xml_string('<mujoco/>').render(64, 64)"
         command = [sys.executable, "-c", script]
-        if subprocess.run(command, env=environment, capture_output=True).returncode == 0:
+        probe = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if probe.returncode == 0:
             os.environ["MUJOCO_GL"] = os.environ["MEMORY_MAZE_GL_WORKS"] = name
             return name
+    reason = f" Last error: {(probe.stderr.splitlines() or [f'exit status {probe.returncode}'])[-1]}"
     if wanted:
-        raise MissingDependency(f"MUJOCO_GL={wanted} draws no image here. Unset MUJOCO_GL to try EGL and OSMesa.")
+        raise MissingDependency(f"MUJOCO_GL={wanted} draws no image here. Unset MUJOCO_GL to try others." + reason)
     raise MissingDependency(
-        "Neither EGL nor OSMesa draws an image here, and Memory Maze needs one of them: on Debian or Ubuntu install "
-        "libegl1 and libgl1, or libosmesa6. No GPU or screen is needed."
+        "No OpenGL draws an image here, and Memory Maze needs it: on Debian or Ubuntu install libegl1 and libgl1, or "
+        "libosmesa6. No GPU or screen is needed." + reason
     )
 
 
@@ -141,7 +142,7 @@ class XmlBuilder:
 
     def __init__(self, texture_names: dict[str, str]):
         self.texture_names = texture_names
-        self.geom = {}  # the elements of a tree; the package clears it before it adds
+        self.geom = {}  # always empty; the package calls geom.clear() before it adds walls
         self.lines = []
 
     def add(self, tag: str, **attributes) -> str:
@@ -209,6 +210,8 @@ class MazeFactory:
         # As in the package's constructor, the first number drawn is the maze's seed.
         arena._maze = self._text_maze(random.randint(2147483648))
         yield
+        for target in task._targets:  # untouched, as in a new environment: the hooks' first draw depends on it
+            target.initialize_episode_mjcf(random)
         self.hooks.initialize_episode_mjcf(random)
         yield
         xml = self._xml()
@@ -262,7 +265,7 @@ class MazeFactory:
 class Renderer:
     """Draws the view of a camera, with OpenGL, in the thread that made it.
 
-    side: width of the largest image, in pixels. The package's is 640 by 480; the pixels are the same.
+    side: width of the largest image, in pixels. The package's is 640 by 480; this size does not change an image.
     """
 
     def __init__(self, factory: MazeFactory, side: int):
@@ -311,8 +314,8 @@ class Renderer:
     def _out_of_view(self, camera: int) -> np.ndarray:
         """-> (walls and floor,) bool: all four corners are beyond the same border of the square image.
 
-        A camera looks along its -z, with x to the right and y up. Hidden walls in view must be drawn: in some images,
-        a pixel of a back shows where two fronts meet.
+        A camera looks along its -z, with x to the right and y up. Walls behind others are drawn, too: where two walls
+        meet, a pixel of the one behind may show.
         """
         corners = self.corners - self.data.cam_xpos[camera]
         x, y, z = np.moveaxis(corners @ self.data.cam_xmat[camera].reshape(3, 3), -1, 0)  # (n, 4) each
@@ -362,7 +365,8 @@ class MemoryMaze(gymnasium.Env):
     after it (k = 1, 2, ...) is the package's first one with the seed that SeedSequence([s, k]) generates. An episode
     does not depend on the actions of earlier ones. Without any seed, s is drawn from the system's entropy.
 
-    render() gives a larger image of the agent's view, and beside it the maze from above. It has no side effects.
+    With render_mode="rgb_array", render() gives a larger image of the agent's view, and beside it the maze from above.
+    It has no side effects.
 
     size: a key of MAX_STEPS. first_episode_steps: length of the very first episode, which then ends with "shortened":
     True in its last info. It is for vector environments: all episodes have the same length, so without it all
@@ -463,6 +467,8 @@ class MemoryMaze(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         """-> (384, 768, 3) uint8"""
+        if self.render_mode is None:
+            raise ValueError('render() needs render_mode="rgb_array"')
         view = self._add_border(self.renderer.draw("walker/egocentric", LARGE_VIEW))
         return np.concatenate([view, self.renderer.draw("top_camera", LARGE_VIEW)], axis=1)
 
@@ -477,7 +483,7 @@ for _size in MAX_STEPS:
 
 
 def record_video(env: gymnasium.Env, policy, memory, seed: int, path: Path) -> None:
-    """Saves one episode with sampled actions, at most 300 steps of it, as a GIF.
+    """Saves one episode with sampled actions, at most 300 steps of it, as a GIF, and closes env.
 
     policy is an ActorCritic with its parameters: obs (1, 1, ...), reset (1, 1), memory -> logits (1, 1, A), value,
     memory. Gymnasium's RecordVideo does the same, but needs moviepy.

@@ -17,7 +17,7 @@ from gymnasium import spaces
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE, TILE = 7, 12  # tiles per side, pixels per tile
-TILES, SIZE = SIDE * SIDE, SIDE * TILE
+TILES, SIZE = SIDE * SIDE, SIDE * TILE  # tiles of the grid, pixels per side of the image
 MARGIN = 6  # pixels that the agent's center keeps from the edge of the image
 
 # Actions on the grid. Without a grid, action 3 h + v moves by h and v, each 0: none, 1: left or up, 2: right or down.
@@ -48,7 +48,7 @@ CANVAS = np.pad(
     constant_values=TRANSPARENT,
 ).reshape(16, 2 * CANVAS_CENTER, -1)
 
-# What render calls each action, by the number of actions, and its colours.
+# For render: names of the actions, by the number of actions, and colours.
 ACTION_NAMES = {
     4: ("wait", "turn left", "turn right", "forward"),
     9: ("stay", "up", "down", "left", "left, up", "left, down", "right", "right, up", "right, down"),
@@ -64,8 +64,8 @@ class EnvParams(NamedTuple):
     show_goal: bool  # as a green tile
 
 
-# Memory Gym's defaults, unless the paper changes them: Memory Gym has the same time limits, and without a grid it also
-# rewards progress. In all four, a red cross shows where the agent fell, which costs nothing.
+# The last two have Memory Gym's defaults. The Easy ones, the paper's, show start and goal and reward progress. In all
+# four, a red cross shows where the agent fell, which costs nothing.
 ENVIRONMENTS = {
     "MysteryPath-Grid-Easy-v0": EnvParams(128, 0.1, True, True),
     "MysteryPath-Easy-v0": EnvParams(512, 0.1, True, True),
@@ -280,9 +280,7 @@ def build_walls(draws: Draws, start: jax.Array, goal: jax.Array) -> jax.Array:
     """-> (49,) bool. No wall of the border stands beside an inner one, so there is always a way round it."""
     inner = jnp.zeros((SIDE, SIDE), bool).at[1:5, 1:5].set((draws.walls < 33).reshape(4, 4))
     # Memory Gym leaves out the border's tiles beside a wall, also diagonally, and the ends with the tiles beside them.
-    padded = jnp.pad(inner, 1)
-    around = [padded[i : i + SIDE, j : j + SIDE] for i in range(3) for j in range(3)]
-    beside_wall = jnp.any(jnp.stack(around), 0).ravel()
+    beside_wall = jax.lax.reduce_window(inner, False, jnp.logical_or, (3, 3), (1, 1), "SAME").ravel()
     distance = jnp.asarray(DISTANCE)
     possible = ON_BORDER & ~beside_wall & (distance[start] > 1) & (distance[goal] > 1)
 
@@ -303,7 +301,7 @@ class Search(NamedTuple):
     """The state of the search for a path, (49,) each: one number per tile."""
 
     current: jax.Array  # () int32, the tile to expand
-    place: jax.Array  # int32, 64 times the place in the list of open tiles plus the tile; NOT_IN_LIST if not in it
+    place: jax.Array  # int32, 64 * (place in the list of open tiles) + tile; NOT_IN_LIST if not in it
     blocked: jax.Array  # bool, walls and tiles that have been expanded
     cost: jax.Array  # int32, of the way that a tile was first reached on
     previous: jax.Array  # int32, the tile it was last reached from

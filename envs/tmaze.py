@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 UP, DOWN, LEFT, RIGHT = range(4)
 POSITION_BITS = 8
 
-# What render calls each action and where that points, and its colours.
+# For render: names and directions of the actions, and colours.
 ACTION_NAMES = ("up", "down", "left", "right")
 DIRECTIONS = ((0, -1), (0, 1), (-1, 0), (1, 0))
 INK, DIM, FLOOR, AGENT, CUE, GOOD, BAD = "#2b2f36", "#8d949e", "#e1e5eb", "#3267a8", "#d98a1f", "#3f8f5a", "#b8463f"

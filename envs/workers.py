@@ -25,8 +25,8 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.utils import write_to_shared_memory
 
-LEFT_TO_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # those that `train` notes
-GRACE = 5.0  # seconds: for workers to end when asked to, before they are killed
+LEFT_TO_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # those that a script's `train` notes
+GRACE = 5.0  # seconds: for workers to end when asked to, before they are killed; and for news of one that failed
 
 
 class WorkerDied(RuntimeError):

@@ -77,7 +77,8 @@ class EpisodeStatistics(Wrapper):
 class TimeAwareObservation(Wrapper):
     """Puts the number of steps left until the time limit in front of each observation.
 
-    It wraps EpisodeStatistics, which counts the steps. A critic that knows them can foresee the end of the episode
+    Observations are vectors. It wraps EpisodeStatistics, which counts the steps; the limit is params.max_episode_steps.
+    A critic that knows them can foresee the end of the episode
     (Pardo et al., "Time Limits in Reinforcement Learning", ICML 2018). Gymnasium has a wrapper of this name for
     environments that are not pure functions.
     """
@@ -108,7 +109,7 @@ class EpisodeNoiseState(NamedTuple):
 
 
 class EpisodeNoise(Wrapper):
-    """Puts normal random numbers, one per action, drawn once per episode, in front of each observation.
+    """Puts normal random numbers, one per action, drawn once per episode, in front of each observation, a vector.
 
     scale is their standard deviation.
 
@@ -199,7 +200,7 @@ class OptimisticReset(VectorEnv):
             raise ValueError(f"num_envs {num_envs}: not divisible by reset_ratio {reset_ratio}")
         super().__init__(env, num_envs)
         self.num_fresh = num_envs // reset_ratio
-        self.fresh_per_group = math.gcd(self.num_fresh, 4)  # more: fewer worlds repeat; fewer: more groups to spread
+        self.fresh_per_group = math.gcd(self.num_fresh, 4)  # in large groups, fewer first states repeat
         self.num_groups = self.num_fresh // self.fresh_per_group
 
     def step(self, key, state, action, params):
@@ -211,8 +212,7 @@ class OptimisticReset(VectorEnv):
         def restart_finished(fresh, done, current):
             """In a group of n: fresh (obs, state) (fresh_per_group, ...), done (n,), current (obs, state) (n, ...)."""
             turn = (jnp.cumsum(done) - 1) % self.fresh_per_group  # (n,): the k-th to finish gets the k-th fresh one
-            restart = lambda done, i, now: jax.tree.map(lambda new, old: jnp.where(done, new[i], old), fresh, now)
-            return jax.vmap(restart)(done, turn, current)
+            return jax.tree.map(lambda new, old: jax.vmap(jnp.where)(done, new[turn], old), fresh, current)
 
         grouped = lambda tree: jax.tree.map(lambda x: x.reshape(self.num_groups, -1, *x.shape[1:]), tree)
         restarted = jax.vmap(restart_finished)(fresh, grouped(done), grouped((obs, state)))
@@ -229,10 +229,10 @@ class PooledResetState(NamedTuple):
 class PooledReset(VectorEnv):
     """num_envs copies; each starts its episodes from a separate pool of pool_size (K) first states.
 
-    It takes the place of AutoReset and VectorEnv: AutoReset pays for a reset in every step of every environment. Here
-    `reset` and `refresh` draw all first states in one batch, and a step that ends an episode takes the next of its
-    pool. If more than K episodes of an environment end between two refreshes, its first states repeat, so K should be
-    the largest number that may end. An evaluation of one episode per environment needs no refresh.
+    It replaces VectorEnv(AutoReset(env), num_envs), which resets every environment in every step. Here `reset` and
+    `refresh` draw all first states in one batch, and a step that ends an episode takes the next of its pool. If more
+    than K episodes of an environment end between two refreshes, its first states repeat, so K should be the largest
+    number that may end. An evaluation of one episode per environment needs no refresh.
 
     The environment needs `observe(state, params) -> obs`, because pools hold states and no observations. States should
     be small. Raises ValueError if pool_size is less than 1.
@@ -291,7 +291,7 @@ def record_video(env, policy, memory, seed: int, path: Path) -> None:
         logits, _, memory = policy(obs[None], reset[None], memory)
         action = jax.random.categorical(action_key, logits[0])
         obs, next_state, reward, reset, _ = step(env_key, state, action, env.default_params)
-        frames.append(env.render(state, env.default_params, action[0], jax.nn.softmax(logits[0, 0]), reward[0]))
+        frame = env.render(state, env.default_params, action[0], jax.nn.softmax(logits[0, 0]), reward[0])
+        frames.append(frame.quantize())  # to at most 256 colours, as in a GIF: a quarter of the memory
         state = next_state
-    path.parent.mkdir(exist_ok=True)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[60] * (len(frames) - 1) + [2000], loop=0)

@@ -194,17 +194,17 @@ def test_evaluate_only_evaluates(script, tmp_path):
 def test_finished_run_can_be_extended(script, tmp_path):
     """--resume with more --total-timesteps continues a finished run, keeps its rows, and continues the clock. If a copy
     of the script renames a metric, both columns stay; if it adds a flag, args.json has it. The devices may change: here
-    to two of four, because a minibatch has two environments."""
+    to two of three, because a minibatch has two environments."""
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     before = rows(folder)
     renamed = '"losses/entropy": entropy', '"losses/entropy_of_policy": entropy'
     added = "    # The model\n", "    # The model\n    wind: float = 0.5\n"
     copy = edited(script, tmp_path, renamed, added)
-    four = ENVIRONMENT | {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
+    three = ENVIRONMENT | {"XLA_FLAGS": ENVIRONMENT["XLA_FLAGS"] + " --xla_force_host_platform_device_count=3"}
     flags = "--resume", folder, "--total-timesteps", 220 * BATCH
-    out, _ = run(script, *flags, cwd=tmp_path, small=False, path=copy, env=four)
-    assert "Using 2 of 4 devices" in out
+    out, _ = run(script, *flags, cwd=tmp_path, small=False, path=copy, env=three)
+    assert "Using 2 of 3 devices" in out
     after = rows(folder)
     assert [row | {"losses/entropy_of_policy": ""} for row in before] == after[:200]
     assert all(row["losses/entropy"] == "" and float(row["losses/entropy_of_policy"]) > 0 for row in after[200:])

@@ -336,7 +336,7 @@ def test_a_video_is_one_episode(tmp_path):
         jax.debug.callback(lambda *x: seen.append(tuple(map(int, x))), reset[0, 0], memory, ordered=True)
         return 1e3 * (jnp.arange(4) == RIGHT)[None, None], jnp.zeros((1, 1)), memory + 1
 
-    path = tmp_path / "folder" / "episode.gif"
+    path = tmp_path / "episode.gif"
     record_video(env, policy, jnp.int32(0), 1, path)
     jax.effects_barrier()
     of_training = jax.random.key_data(jax.random.split(jax.random.key(1), 100)).tolist()
