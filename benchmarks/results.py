@@ -1,16 +1,17 @@
 """A table and curves of runs, from their folders.
 
-    python benchmarks/results.py docs/results/tmaze runs/tmaze__ppo_agalite_tmaze__*
+    python benchmarks/results.py comparison runs/mine/tmaze__*
 
-writes docs/results/tmaze.md, a row per seed, and docs/results/tmaze.png: the outcome over steps and over minutes, and
-the length of episodes over steps. Runs whose script or flags differ have different colours, and each flag that differs
-has a column. A thin line is a seed, a thick line the mean of the seeds (over steps only). A point is the mean of the
-last 2% of the run's episodes, but at least of 100, initially of 20.
+writes comparison.md, a row per seed, and comparison.png: the outcome over steps and over minutes, and the length of
+episodes over steps. Runs whose script or flags differ have different colours, and each flag that differs has a column.
+A thin line is a seed, a thick line the mean of the seeds (over steps only). Curves are moving averages over 2% of a
+run's episodes, at least 100; they start at 20. A second table has the outcome in training, sampled actions: its mean
+over the episodes of all seeds in each tenth of the longest run. Two settings are also compared: the difference of their
+means over seeds, with its 95% interval (Welch's).
 
 "Solved", on the T-Maze, is the first update with success >= 0.95 over the last 200 finished episodes, confirmed by the
 final evaluation with sampled actions; the median counts a seed that is not solved as infinitely late. Minutes include
-compilation of the update; on the T-Maze, they are those until solved, elsewhere those of the whole run. ± is a 95%
-interval over seeds (Student's t).
+compilation of the update, and all seeds of a run with --num-seeds. ± is a 95% interval over seeds (Student's t).
 """
 
 import collections
@@ -25,10 +26,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from scipy.stats import t as student
+from scipy import stats
 
 # The results of the evaluation that measure a task. The first one is drawn.
 OUTCOMES = {"tmaze": ["success"], "MysteryPath": ["episodic_return", "success"], "Craftax": ["score"]}
+USAGE = "usage: python benchmarks/results.py NAME RUN_FOLDER [RUN_FOLDER ...]"
 # Flags that may differ between runs of one setting: the seed, and what does not change the training.
 FREE = {"runs_dir", "seed", "num_seeds", "distributed", "checkpoint_interval", "resume", "evaluate", "eval_episodes"}
 FREE |= {"capture_video", "track"}
@@ -61,7 +63,7 @@ def solved_at(rows: list[dict], episodes: int = 200, success: float = 0.95) -> t
 def interval(values) -> tuple[float, float]:
     """Mean and half of its 95% interval; NaN for a single value."""
     n = len(values)
-    half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return float(np.mean(values)), float(half)
 
 
@@ -71,9 +73,36 @@ def cell(outcome: str, values: list[float]) -> str:
     return " ± ".join(f"{x:{form}}" for x in interval(values)[: len(values)])
 
 
+def in_training(seeds: list[list[dict]], outcome: str, end: int) -> list[str]:
+    """The mean over the episodes of all seeds in each tenth of `end` steps; empty if none ended there."""
+    episodes, sums = np.zeros(10), np.zeros(10)
+    for row in (row for rows in seeds for row in rows if float(row["charts/episodes"])):
+        tenth = min(10 * (int(row["global_step"]) - 1) // end, 9)
+        episodes[tenth] += float(row["charts/episodes"])
+        sums[tenth] += float(row["charts/episodes"]) * float(row[metric_of(outcome)])
+    return [cell(outcome, [total / n]) if n else "" for total, n in zip(sums, episodes, strict=True)]
+
+
+def metric_of(outcome: str) -> str:
+    """The column of metrics.csv."""
+    return "charts/success_rate" if outcome == "success" else f"charts/{outcome}"
+
+
+def difference(outcome: str, first: list[float], second: list[float]) -> str:
+    """The difference of two means with Welch's 95% interval."""
+    form = ".1f" if outcome == "score" else ".3f"
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    return f"{np.mean(first) - np.mean(second):{form}} ± {(high - low) / 2:{form}}"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown; the first row is the head."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
 def draw(settings: dict[str, list[list[dict]]], outcome: str, path: Path):
     """A colour per setting, a thin line per seed, a thick one for their mean."""
-    metric = "charts/success_rate" if outcome == "success" else f"charts/{outcome}"
+    metric = metric_of(outcome)
     panels = [(metric, "global_step"), (metric, "elapsed")]
     if len({row["charts/episodic_length"] for seeds in settings.values() for rows in seeds for row in rows}) > 2:
         panels.append(("charts/episodic_length", "global_step"))  # not on Memory Maze, where all are equally long
@@ -100,10 +129,18 @@ def draw(settings: dict[str, list[list[dict]]], outcome: str, path: Path):
 
 
 def main(name: str, folders: list[str]):
+    if Path(name).is_dir():
+        raise SystemExit(f"{name} is a folder: {USAGE}")
+    if missing := [folder for folder in folders if not (Path(folder) / "args.json").exists()]:
+        raise SystemExit(f"{missing[0]}: not the folder of a run, it has no args.json")
     runs = [(json.loads((Path(folder) / "args.json").read_text()), Path(folder)) for folder in folders]
     flags = [flag for flag in dict.fromkeys(flag for args, _ in runs for flag in args) if flag not in FREE]
     differ = [flag for flag in flags if len({str(args[flag]) for args, _ in runs if flag in args}) > 1]
-    task = next((task for task in OUTCOMES if runs[0][1].name.startswith(task)), None)
+    env_ids = {"tmaze" if "corridor_len" in args else args.get("env_id", "") for args, _ in runs}
+    tasks = {next((task for task in OUTCOMES if env_id.startswith(task)), "") for env_id in env_ids}
+    if len(tasks) > 1:
+        raise SystemExit(f"runs of several tasks: {', '.join(sorted(env_ids))}")
+    task = tasks.pop()
     outcomes = OUTCOMES.get(task, ["episodic_return"])
 
     settings = collections.defaultdict(list)  # values of the flags that differ -> (seed, rows, evaluation), ...
@@ -121,7 +158,9 @@ def main(name: str, folders: list[str]):
                 raise SystemExit(f"{folder}: another run has the same flags and seed {seed}")
             setting.append((seed, own, results))
 
-    cells = [[*differ, "seed", *(["solved at step"] if task == "tmaze" else []), "minutes"]]
+    cells = [[*differ, "seed", "steps", "minutes"]]
+    if task == "tmaze":
+        cells[0][-1:] = ["solved at step", "minutes until solved"]
     cells[0] += [f"{x.replace('episodic_', '')}, {kind}" for x in outcomes for kind in ("sampled", "greedy")]
     for values, seeds in sorted(settings.items()):
         steps = []
@@ -131,25 +170,35 @@ def main(name: str, folders: list[str]):
                 solved = solved_at(rows) if results["sampled", "success"] >= 0.95 else None
                 steps.append(solved[0] if solved else float("inf"))
                 minutes = [f"{solved[0]:,}", f"{solved[1]:.1f}"] if solved else ["not", "-"]
-            cells.append([*values, str(seed), *minutes, *(cell(name, [x]) for (_, name), x in results.items())])
+            trained = f"{int(rows[-1]['global_step']):,}"
+            cells.append([*values, str(seed), trained, *minutes, *(cell(x, [y]) for (_, x), y in results.items())])
         if len(seeds) > 1:
             median = statistics.median(steps or [0])
             count = f"{sum(step < float('inf') for step in steps)} of {len(steps)}"
             solved_cell = [count + (f", median {median:,.0f}" if median < float("inf") else "")] if steps else []
             means = [cell(key[1], [results[key] for *_, results in seeds]) for key in seeds[0][2]]
-            cells.append([*values, "**all**", *solved_cell, "", *means])
-    lines = ["| " + " | ".join(row) + " |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]]]
-    text = f"Made by `python benchmarks/results.py {name} ...` from the folders of the runs.\n\n" + "\n".join(lines)
-    Path(f"{name}.md").write_text(text + "\n")
+            cells.append([*values, "**all**", "", *solved_cell, "", *means])
     named = {}
     for values, seeds in sorted(settings.items()):
         labels = [x if flag == "exp_name" else f"{flag} {x}" for flag, x in zip(differ, values, strict=True) if x]
-        named[", ".join(labels) or runs[0][0]["exp_name"]] = [rows for _, rows, _ in seeds]
-    draw(named, outcomes[0], Path(f"{name}.png"))
+        named[", ".join(labels) or runs[0][0]["exp_name"]] = seeds
+    curves = {label: [rows for _, rows, _ in seeds] for label, seeds in named.items()}
+    end = max(int(rows[-1]["global_step"]) for seeds in curves.values() for rows in seeds)
+    tenths = [[f"steps, of {end:,}", *(f"to {10 * i}%" for i in range(1, 11))]]
+    tenths += [[label, *in_training(seeds, outcomes[0], end)] for label, seeds in curves.items()]
+    text = f"Made by `python benchmarks/results.py {name} ...` from the folders of the runs.\n\n{table(cells)}\n\n"
+    if len(named) == 2 and all(len(seeds) > 1 for seeds in named.values()):
+        (one, first), (other, second) = named.items()
+        both = [(key, [[results[key] for *_, results in seeds] for seeds in (first, second)]) for key in first[0][2]]
+        shown = [f"{x.replace('episodic_', '')}, {kind}: {difference(x, *pair)}" for (kind, x), pair in both]
+        text += f"{one} minus {other}: {'; '.join(shown)}.\n\n"
+    text += f"Mean {outcomes[0].replace('episodic_', '')} of the episodes in training:\n\n{table(tenths)}"
+    Path(f"{name}.md").write_text(text + "\n")
+    draw(curves, outcomes[0], Path(f"{name}.png"))
     print(text)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
-        raise SystemExit("usage: python benchmarks/results.py NAME RUN_FOLDER [RUN_FOLDER ...]")
+        raise SystemExit(USAGE)
     main(sys.argv[1], sys.argv[2:])

@@ -197,7 +197,7 @@ class OptimisticReset(VectorEnv):
 
     def __init__(self, env, num_envs: int, reset_ratio: int):
         if reset_ratio < 1 or num_envs % reset_ratio:
-            raise ValueError(f"num_envs {num_envs}: not divisible by reset_ratio {reset_ratio}")
+            raise ValueError(f"optimistic_reset_ratio {reset_ratio}: must divide num_envs {num_envs}")
         super().__init__(env, num_envs)
         self.num_fresh = num_envs // reset_ratio
         self.fresh_per_group = math.gcd(self.num_fresh, 4)  # in large groups, fewer first states repeat

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import math
 import shutil
 import subprocess
 from unittest import mock
@@ -27,7 +28,7 @@ from cli import (
     snapshot,
     steps,
 )
-from common import FIRST, MEMORYMAZE, SCRIPTS, TMAZE, load, quick_jit, tiny_args
+from common import FIRST, MEMORYMAZE, SCRIPTS, TMAZE, load, quick_jit, small_args, tiny_args
 
 # Flags, and what the error message must name: the value, and the rule or the way out. For scripts that have the flags.
 REFUSED = [
@@ -51,8 +52,8 @@ REFUSED = [
     ("--max-episode-steps 19 --corridor-len 20", "max_episode_steps 19", "at least 20"),
     ("--num-distractors -1", "num_distractors -1", "at least 0"),
     ("--env-id Nothing-v9", "env_id Nothing-v9", "there are"),
-    ("--optimistic-reset-ratio 24", "not divisible by", "24"),
-    ("--optimistic-reset-ratio 0", "0", "not divisible by reset_ratio 0"),
+    ("--optimistic-reset-ratio 24", "optimistic_reset_ratio 24", "must divide num_envs"),
+    ("--optimistic-reset-ratio 0", "optimistic_reset_ratio 0", "must divide num_envs"),
     ("--chrono-steps 0.5", "--chrono-steps 0.5", "must be at least 1"),
     ("--num-layers 0", "--num-layers 0", "must be at least 1"),
     ("--r 0", "--r 0", "must be at least 1"),
@@ -79,6 +80,7 @@ def refused_of(script: str, cases: list[tuple]) -> list[tuple]:
 
 
 EACH_ONCE = {case: (script, *case) for script in reversed(SCRIPTS) for case in refused_of(script, REFUSED + UNREADABLE)}
+assert EACH_ONCE.keys() == {*REFUSED, *UNREADABLE}, "a case that no script has"
 
 
 @pytest.mark.parametrize("script, flags, value, rule", EACH_ONCE.values())
@@ -100,6 +102,40 @@ def test_every_script_refuses_impossible_arguments(name):
         with pytest.raises(ValueError) as refused:
             script.Args(**{field: kinds[field](x) for field, x in fields.items()})
         assert value in str(refused.value) and rule in str(refused.value), refused.value
+
+
+@pytest.mark.parametrize("name", SCRIPTS + MEMORYMAZE)
+def test_every_size_and_rate_is_checked(name):
+    """A size of 0, a negative rate and a number that is none are refused, whatever the field."""
+    script, unbounded = load(name), {"initial_value"}
+    for field in dataclasses.fields(script.Args):
+        wrong = {"int": [-1, *[0] * (field.name not in ("seed", "num_distractors"))], "float": [-1.0, math.nan]}
+        kind = field.type if isinstance(field.type, str) else field.type.__name__
+        for value in wrong.get(kind, []) if field.name not in unbounded else []:
+            with pytest.raises(ValueError, match=f"{field.name}|{field.name.replace('_', '-')}"):
+                script.Args(**{field.name: value})
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_a_resumed_run_may_change(name, tmp_path):
+    """Flags that usage.md names may change, and total_timesteps without an annealed learning rate. No other may."""
+    script = load(name)
+    changes = {int: lambda x: 2 * x, float: lambda x: x / 2, bool: lambda x: not x, str: lambda x: f"{x}_"}
+    free = {"resume", "checkpoint_interval", "eval_episodes", "capture_video", "track", "distributed"}
+    for anneal_lr in (True, False):
+        args = small_args(script, anneal_lr=anneal_lr, total_timesteps=5120)
+        (tmp_path / "args.json").write_text(json.dumps(vars(args)))
+        for field in dataclasses.fields(script.Args):
+            if field.name in ("resume", "env_id"):  # the folder itself; a name that does not exist is refused as such
+                continue
+            value, flag = changes[field.type](getattr(args, field.name)), field.name.replace("_", "-")
+            words = [f"--{flag}" if value else f"--no-{flag}"] if field.type is bool else [f"--{flag}={value}"]
+            resume = lambda words=words: script.parse_args(["--resume", str(tmp_path), *words])
+            if field.name in free or (field.name == "total_timesteps" and not anneal_lr):
+                assert getattr(resume(), field.name) == value
+            else:
+                with pytest.raises(SystemExit):
+                    resume()
 
 
 @pytest.mark.parametrize("script", FIRST)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import resource
 import shlex
 import shutil
@@ -290,13 +291,13 @@ def test_full_disk_ends_the_run_with_a_word(script, victim, tmp_path):
     """If nothing more can be written, the run ends with a message, and earlier checkpoints can be read."""
     process = start(script, "--total-timesteps", 2000 * BATCH, "--checkpoint-interval", 20, cwd=tmp_path)
     wait_for_row(process, tmp_path, 25)
-    limit = 30_000  # bytes per file: too few for a checkpoint
-    if victim == "metrics":
-        limit = (folder_of(tmp_path) / "metrics.csv").stat().st_size + 100
+    # Bytes per file, too few for a checkpoint. The next one comes within 20 rows, which take fewer than 5000 bytes.
+    limit = (folder_of(tmp_path) / "metrics.csv").stat().st_size + (100 if victim == "metrics" else 5000)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     _, err = finish(process, expect=1)
     folder = folder_of(tmp_path)
     assert "File too large" in err and f'--resume "{folder}" continues from the newest' in err
+    assert bool(re.search(r"checkpoint \d+ cannot be written", err)) == (victim == "checkpoint"), err
     # Threads of tensorstore may still complain about a closed event loop, but the script prints no traceback.
     assert f'{script}.py", line' not in err and "orbax" not in err.replace(".orbax-checkpoint-tmp", ""), err
     assert steps(folder)[-1] >= 20

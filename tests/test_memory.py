@@ -117,7 +117,7 @@ def test_linear_attention_is_the_same_on_a_gpu(name, monkeypatch):
     obs, reset = random_observations(env, 0, (T, B)), rng.random((T, B)) < 0.05
     memory = jax.tree.map(lambda x: np.abs(rng.normal(size=x.shape)).astype(x.dtype), agent.initial_memory(B))
     params = random_params(jax.eval_shape(agent.init, jax.random.key(0), obs, reset, memory))
-    weights, results = rng.normal(size=(T, B, 4)), []
+    weights, results, programs = rng.normal(size=(T, B, 4)), [], []
     with jax.enable_x64(True):  # in float32 the rounding of a gradient depends on the CPU
         params, obs, memory = jax.tree.map(jnp.asarray, float64((params, obs, memory)))
         for backend in ("cpu", "gpu"):
@@ -128,7 +128,9 @@ def test_linear_attention_is_the_same_on_a_gpu(name, monkeypatch):
                 return (weights * logits).sum() + value.sum(), (logits, value, end)
 
             gradients = jax.grad(weighted_sum, (0, 1), has_aux=True, allow_int=True)
+            programs.append(str(jax.make_jaxpr(gradients)(params, memory)))
             (of_params, of_memory), outputs = quick_jit(gradients)(params, memory)
             floats = [x for x in jax.tree.leaves(of_memory) if x.dtype == np.float64]  # not that of a counter
             results.append(float64((of_params, floats, outputs)))
+    assert programs[0] != programs[1], "otherwise one path is compared with itself"
     assert deviation(*results) < 1e-10

@@ -39,6 +39,7 @@ from common import (
     MEMORYMAZE,
     assert_close,
     assert_identical,
+    deviation,
     float64,
     load,
     log_prob_of,
@@ -353,6 +354,35 @@ def test_encoder_is_made_of_convolutions(name):
     assert_close(*results, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", FIRST)
+def test_encoder_is_impalas(name):
+    """The whole encoder equals IMPALA's, written with Flax's convolutions."""
+    script, rng = load(name), np.random.default_rng(0)
+    obs = rng.integers(0, 256, (2, 1, 64, 64, 3), np.uint8)
+    encoder = script.ImpalaEncoder(4)
+    params = float64(random_params(jax.eval_shape(encoder.init, jax.random.key(0), obs)["params"]))
+    convolutions = iter(params[f"Conv3x3_{i}"] for i in range(15))
+
+    def convolve(x):
+        kernel, bias = (jnp.asarray(next_one, jnp.float32) for next_one in map(convolution.get, ("kernel", "bias")))
+        kernel = kernel.reshape(3, 3, x.shape[-1], -1)
+        return nn.Conv(len(bias), (3, 3)).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+    x = obs[:, 0] / np.float32(255)
+    for _ in range(3):
+        convolution = next(convolutions)
+        x = nn.max_pool(convolve(x), (3, 3), (2, 2), "SAME")
+        for _ in range(2):
+            convolution = next(convolutions)
+            y = convolve(nn.relu(x))
+            convolution = next(convolutions)
+            x = x + convolve(nn.relu(y))
+    last = params["Dense_0"]
+    expected = nn.relu(nn.relu(x).reshape(2, -1) @ last["kernel"] + last["bias"])
+    ours = quick_jit(encoder.apply)({"params": jax.tree.map(np.float32, params)}, obs)[:, 0]
+    assert np.abs(expected).max() > 0.1 and deviation(ours, expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", MEMORYMAZE)
 def test_learning_rate(name):
     """It is constant, or falls linearly per update, to 1 / num_updates of it in the last."""
@@ -444,8 +474,12 @@ def test_resumed_run_goes_on_from_what_was_saved(script, tmp_path):
     assert lasting(folder) == lasting(copy) and [int(row["update"]) for row in rows(folder)] == list(
         range(1, saved + 3)
     )
-    params = [checkpoint(folder, number)["params"] for number in (saved, saved + 2)]
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *params)
+    before, after = (checkpoint(folder, number) for number in (saved, saved + 2))
+    args = json.loads((folder / "args.json").read_text())
+    counters = lambda state: [state["step"], *(x for x in jax.tree.leaves(state["opt_state"]) if np.ndim(x) == 0)]
+    learnt = 2 * args["num_minibatches"] * args["update_epochs"]
+    assert [int(x) for x in counters(after)] == [int(x) + learnt for x in counters(before)], "a new Adam counts from 0"
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["params"], after["params"])
     assert 0 < max(jax.tree.leaves(moved)) < 0.05, "two updates away from those saved"
 
     before = snapshot(folder)

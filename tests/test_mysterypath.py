@@ -276,7 +276,7 @@ def straight_path(env, steps: int = 0):
     path = np.zeros((7, 7), bool)
     path[2] = True
     state = env.begin(Route(jnp.int32(14), jnp.int32(20), jnp.asarray(path.ravel())))
-    for action in [TURN_RIGHT, TURN_RIGHT, *[FORWARD] * steps][: 2 + steps if steps else 0]:
+    for action in [TURN_RIGHT] * 2 + [FORWARD] * steps if steps else []:
         state = STEP(None, state, action, env.default_params)[1]
     return state
 

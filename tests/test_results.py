@@ -1,5 +1,5 @@
-"""benchmarks/results.py decides what README calls solved and what tables and curves show, corridors.py the same over
-the length of the corridor. Results are compared with without_memory.py and random_policy.py; cue.py looks inside."""
+"""benchmarks/results.py decides what README calls solved and what tables and curves show. Results are compared with
+without_memory.py and random_policy.py; cue.py looks inside."""
 
 import dataclasses
 import importlib
@@ -18,8 +18,7 @@ import cue
 import random_policy
 import results
 import without_memory
-from corridors import Run, alone, best
-from results import interval, main, recent, solved_at
+from results import in_training, interval, main, recent, solved_at
 
 
 def rows_of(*updates):
@@ -46,78 +45,11 @@ def test_solved_is_the_first_time_and_forgets_old_failures():
     assert solved_at(rows_of((100, 1.0), (100, 0.91), (100, 0.0))) == (200, 2.0)
 
 
-def test_a_comparison_runs_alone(tmp_path, monkeypatch):
-    """A second call, which would resume the runs of the first, is refused until the first ends."""
-    monkeypatch.chdir(tmp_path)
-    with alone(), pytest.raises(SystemExit, match="already running"):
-        alone()
-    alone().close()
-
-
-def test_a_comparison_takes_just_its_own_runs(tmp_path, monkeypatch):
-    """A run counts if all that affects its computation is as required, and as finished once it has been evaluated."""
-    monkeypatch.chdir(tmp_path)
-    run = Run("lstm", "published", 20, "3e5", seed=3)
-    args = dataclasses.asdict(load("ppo_lstm_tmaze").parse_args(run.flags))
-    folders = [tmp_path / "runs" / f"tmaze__ppo_lstm_tmaze__3__{i}" for i in range(4)]
-    changes = {"learning_rate": 1e-3}, {"total_timesteps": 200_000}, {"d_actor": 64}, {"eval_episodes": 7}
-    assert run.folder() is None and not run.finished()
-    for folder, change in zip(folders, changes, strict=True):
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(args | change))
-    assert run.folder() is None, "nothing was saved"
-    for folder in folders:
-        (folder / "checkpoints" / "0").mkdir(parents=True)
-    assert run.folder().name == folders[3].name and not run.finished()
-    (folders[3] / "evaluation.json").write_text("{}")
-    assert run.finished()
-    tuned = dataclasses.replace(run, size="small", learning_rate=1e-3)
-    sizes = {"hidden_size": 92, "d_actor": 32, "d_critic": 32}
-    assert tuned.folder() is None
-    (folders[0] / "args.json").write_text(json.dumps(args | sizes | {"learning_rate": 1e-3}))
-    assert tuned.folder().name == folders[0].name and not tuned.finished()
-
-
-def test_the_learning_rate_kept_is_the_one_that_learnt_soonest(tmp_path, monkeypatch, capsys):
-    """The mean over the updates in which an episode ended decides, not the last one. A single rate needs no run."""
-    monkeypatch.chdir(tmp_path)
-    trials = [Run("gru", "published", 80, "3e5", 100, 1, "small", rate) for rate in (1e-3, 2e-3)]
-    assert best(trials[:1]) == 1e-3
-    for i, (run, shares) in enumerate(zip(trials, (["", 0.9, 0.9], [0.5, "", 1.0]), strict=True)):
-        folder = tmp_path / "runs" / f"tmaze__ppo_gru_tmaze__100__{i}"
-        (folder / "checkpoints" / "0").mkdir(parents=True)
-        args = dataclasses.asdict(load("ppo_gru_tmaze").parse_args(run.flags))
-        (folder / "args.json").write_text(json.dumps(args))
-        rows = "".join(f"{share},100\n" for share in shares)
-        (folder / "metrics.csv").write_text("charts/success_rate,seed\n" + rows)
-    assert best(trials) == 1e-3
-    assert "0.001: 0.90, 0.002: 0.75" in capsys.readouterr().out
-
-
-def test_each_seed_of_a_run_has_its_own_row(tmp_path, monkeypatch):
-    """Success per seed is the evaluation's. A seed is solved if its rows say so and its evaluation confirms it."""
-    monkeypatch.chdir(tmp_path)
-    run = Run("gru", "published", 20, "3e5", seed=1, num_seeds=3)
-    folder = tmp_path / "runs" / "tmaze__ppo_gru_tmaze__1__0"
-    (folder / "checkpoints" / "0").mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(load("ppo_gru_tmaze").parse_args(run.flags))))
-    success = {"sampled": {"success": [1.0, 0.5, 0.9]}, "greedy": {"success": [1.0, 0.4, 1.0]}}
-    (folder / "evaluation.json").write_text(json.dumps(success))
-    lines = [f"{100 * u},{s},{60 * u},200,{1.0 if u >= s else 0.1}" for u in (1, 2, 3) for s in (1, 2, 3)]
-    head = "global_step,seed,elapsed,charts/episodes,charts/success_rate"
-    (folder / "metrics.csv").write_text("\n".join([head, *lines]))
-    rows = run.rows()
-    assert [(row["seed"], row["success"], row["greedy"]) for row in rows] == [(1, 1, 1), (2, 0.5, 0.4), (3, 0.9, 1)]
-    assert [row["solved_at"] for row in rows] == [100, None, None]
-    assert rows[0]["model"] == "gru" and "num_seeds" not in rows[0]
-    run = dataclasses.replace(run, num_seeds=2)
-    assert run.folder() is None, "a run of other seeds"
-
-
 def run_folder(path, exp_name, seed, **flags):
     """A run of the T-Maze whose success is 1 from the first update."""
     path.mkdir()
-    (path / "args.json").write_text(json.dumps({"exp_name": exp_name, "seed": seed, **flags}))
+    flags = {"exp_name": exp_name, "seed": seed, "corridor_len": 160} | flags
+    (path / "args.json").write_text(json.dumps(flags))
     (path / "evaluation.json").write_text(json.dumps({kind: {"success": [1.0]} for kind in ("sampled", "greedy")}))
     head = "global_step,elapsed,charts/episodes,charts/success_rate,charts/episodic_length"
     (path / "metrics.csv").write_text("\n".join([head, *(f"{100 * u},{60 * u},200,1.0,{160 + u}" for u in (1, 2, 3))]))
@@ -130,8 +62,8 @@ def test_table_of_settings(tmp_path):
     settings += (("lstm", 1, {"hidden_size": 600}),)
     folders = [run_folder(tmp_path / f"tmaze_{i}", name, seed, **x) for i, (name, seed, x) in enumerate(settings)]
     main(str(tmp_path / "table"), folders)
-    _, _, head, _, *rows = (tmp_path / "table.md").read_text().splitlines()
-    assert head.startswith("| exp_name | memory_len | seed | solved at step | minutes |")
+    _, _, head, _, *rows = (tmp_path / "table.md").read_text().split("\n\nMean")[0].splitlines()
+    assert head.startswith("| exp_name | memory_len | seed | steps | solved at step | minutes until solved |")
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert [row[:3] for row in cells] == [
         ["gtrxl", "128", "1"],
@@ -140,13 +72,44 @@ def test_table_of_settings(tmp_path):
         ["gtrxl", "256", "1"],
         ["lstm", "", "1"],
     ]
-    assert cells[0][3:5] == ["100", "1.0"] and cells[2][3] == "2 of 2, median 100"
+    assert cells[0][3:6] == ["300", "100", "1.0"] and cells[2][4] == "2 of 2, median 100"
     assert (tmp_path / "table.png").exists()
 
 
+def test_two_settings_are_compared(tmp_path, capsys):
+    """Their difference has Welch's interval. A second table has the means over each tenth of the longest run."""
+    folders = [run_folder(tmp_path / f"{i}", name, i % 3) for i, name in enumerate(["gru"] * 3 + ["lstm"] * 3)]
+    for i, folder in enumerate(folders):
+        evaluation = {kind: {"success": [0.9 - 0.1 * i]} for kind in ("sampled", "greedy")}
+        Path(folder, "evaluation.json").write_text(json.dumps(evaluation))
+    main(str(tmp_path / "table"), folders)
+    text = (tmp_path / "table.md").read_text()
+    difference = "success, sampled: 0.300 ± 0.227"  # by hand: 2.776 * sqrt(2 * 0.1**2 / 3)
+    assert difference in text and difference in capsys.readouterr().out
+    assert text.splitlines()[-1] == "| lstm |  |  |  | 1.000 |  |  | 1.000 |  |  | 1.000 |", (
+        "updates end at 100, 200, 300"
+    )
+
+
+def test_means_over_the_tenths_of_a_run():
+    """They weigh updates by their episodes; a tenth in which none ended has no mean."""
+    rows = rows_of((1, 0.0), (3, 1.0), (0, ""), (4, 0.5))  # at steps 100, 200, 300 and 400
+    assert in_training([rows], "success", 1000) == ["0.000", "1.000", "", "0.500"] + 6 * [""]
+    assert in_training([rows, rows], "success", 4000) == ["0.625"] + 9 * [""]
+
+
 def test_runs_that_make_no_table(tmp_path):
-    """The error names a run that has not ended, and one that is there twice."""
+    """The error names a run that has not ended, one that is there twice, another task, and a forgotten name."""
     once, again = (run_folder(tmp_path / f"tmaze_{i}", "gru", 1) for i in range(2))
+    with pytest.raises(SystemExit, match="is a folder"):
+        main(once, [again])
+    with pytest.raises(SystemExit, match="nowhere: not the folder of a run"):
+        main(str(tmp_path / "table"), [str(tmp_path / "nowhere")])
+    other = run_folder(tmp_path / "other", "gru", 2, env_id="MysteryPath-v0")
+    args = json.loads(Path(other, "args.json").read_text())
+    Path(other, "args.json").write_text(json.dumps({k: x for k, x in args.items() if k != "corridor_len"}))
+    with pytest.raises(SystemExit, match="of several tasks"):
+        main(str(tmp_path / "table"), [once, other])
     with pytest.raises(SystemExit, match="another run has the same flags and seed 1"):
         main(str(tmp_path / "table"), [once, again])
     Path(once, "evaluation.json").unlink()

@@ -43,21 +43,21 @@ def test_ends_of_episodes(make):
     np.testing.assert_array_equal(obs, [[0, 0], [0, 0]])
     np.testing.assert_array_equal(info["seed"], [5, 6])
     expected = [
-        ([[1, 0], [1, 0]], [False, False], [False, False]),
-        ([[0, 1], [2, 0]], [False, False], [True, False]),
-        ([[1, 1], [0, 1]], [False, False], [False, True]),
-        ([[0, 2], [1, 1]], [True, False], [False, False]),
+        ([[1, 0], [1, 0]], [False, False], [False, False], None),
+        ([[0, 1], [2, 0]], [False, False], [True, False], (0, [2, 0])),
+        ([[1, 1], [0, 1]], [False, False], [False, True], (1, [3, 0])),
+        ([[0, 2], [1, 1]], [True, False], [False, False], (0, [2, 1])),
     ]
-    for obs, terminates, truncates in expected:
+    for obs, terminates, truncates, ended in expected:
         got, reward, terminated, truncated, info = envs.step(np.array([STEP, STEP]))
         np.testing.assert_array_equal(got, obs)
         np.testing.assert_array_equal(reward, [0.5, 0.5])
         np.testing.assert_array_equal(terminated, terminates)
         np.testing.assert_array_equal(truncated, truncates)
-        if terminates != truncates:
-            i = (terminates + truncates).index(True) % 2
-            np.testing.assert_array_equal(info["final_obs"][i], [[2, 3][i], info["final_obs"][i][1]])
-            assert info["final_info"]["steps"][i] == [2, 3][i]
+        if ended:
+            i, final_obs = ended
+            np.testing.assert_array_equal(info["final_obs"][i], final_obs)
+            assert info["final_info"]["steps"][i] == final_obs[0]
     assert envs.metadata["autoreset_mode"].name == "SAME_STEP"
 
 

@@ -1,5 +1,6 @@
 """The wrappers on the T-Maze and on a small environment whose outputs tell which key and step they come from."""
 
+import math
 import pickle
 from functools import cache, partial
 from typing import NamedTuple
@@ -461,7 +462,7 @@ def test_optimistic_reset(num_envs, reset_ratio):
     out = rollout(env, None, jax.random.key(8), np.tile(np.arange(num_envs), (100, 1)))
     first_obs, obs, state, reward, done, info = jax.tree.map(np.asarray, out)
     assert len(set(first_obs["tag"])) == num_envs
-    fresh = 4 if env.num_fresh % 4 == 0 else 2 if env.num_fresh % 2 == 0 else 1  # first states of a group
+    fresh = math.gcd(env.num_fresh, 4)  # first states of a group
     tag, time, surplus, drawn = first_obs["tag"], first_obs["time"], set(), list(first_obs["tag"])
     for t in range(100):
         # The step is that of the episode that was running,
@@ -502,5 +503,5 @@ def test_optimistic_reset_is_a_vector_env():
 
 @pytest.mark.parametrize("num_envs, reset_ratio", [(10, 4), (4, 16), (4, 0)])
 def test_optimistic_reset_of_sizes_that_cannot_work(num_envs, reset_ratio):
-    with pytest.raises(ValueError, match=f"^num_envs {num_envs}: not divisible by reset_ratio {reset_ratio}"):
+    with pytest.raises(ValueError, match=f"^optimistic_reset_ratio {reset_ratio}: must divide num_envs {num_envs}"):
         OptimisticReset(TMaze(), num_envs, reset_ratio)
