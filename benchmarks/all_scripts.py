@@ -1,7 +1,7 @@
 """Every script at its default size: steps per second of whole updates, memory, and the time to compile an update.
 
     python benchmarks/all_scripts.py
-    python benchmarks/all_scripts.py ppo_agalite_tmaze ppo_gtrxl_tmaze
+    python benchmarks/all_scripts.py ppo_agalite_tmaze.py ppo_gtrxl_tmaze.py
 
 Each script is a process. All are compiled first, as many at once as there are cores, so each takes longer than it would
 alone. Then they run one after another: the median of three updates after the first. Memory is what XLA plans for the
@@ -58,7 +58,7 @@ def with_processes(script, args):
 
 def compile_script(name: str):
     """-> steps per update, compiled parts of an update, seconds of compilation"""
-    script = importlib.import_module(name)
+    script = importlib.import_module(Path(name).stem)
     args = script.Args()
     parts = on_device(script, args) if hasattr(script, "update") else with_processes(script, args)
     start = time.perf_counter()
@@ -92,7 +92,9 @@ def measure(name: str, compiling, pipe):
 
 def main(names: list[str]):
     wait = "--wait" in names
-    names = [name for name in names if name != "--wait"] or sorted(path.stem for path in ROOT.glob("ppo_*.py"))
+    names = [name for name in names if name != "--wait"] or [path.name for path in sorted(ROOT.glob("ppo_*.py"))]
+    if unknown := [name for name in names if not (ROOT / name).is_file()]:
+        raise SystemExit(f"{unknown[0]}: there is no such script")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all processes share a GPU
     spawn = multiprocessing.get_context("spawn")
     compiling, pipes = spawn.Semaphore(os.cpu_count()), []

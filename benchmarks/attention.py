@@ -9,6 +9,7 @@ it gives the same outputs, memory and gradients as ours. Each row measures both 
 the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs. Arguments are T, B and eta.
 """
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -96,6 +97,8 @@ def largest_difference(ours, theirs) -> float:
 
 
 def main(sizes: list[str]):
+    if not all(re.fullmatch(r"\d+,\d+,\d+", size) for size in sizes):
+        raise SystemExit("usage: python benchmarks/attention.py [T,B,eta ...]")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; one layer, H 4, d 64, r {R}, float32")
     print(f"{'':14}|      forward, ms      | forward+backward, ms  |   peak memory, MiB    | largest")
     print("   T   B  eta  " + "|  ours  theirs  ratio  " * 3 + "| difference")

@@ -1,17 +1,18 @@
-"""Craftax: steps per second of training with AGaLiTe, with GTrXL and without memory, and of the environment alone.
+r"""Craftax: steps per second of training with AGaLiTe, with GTrXL and without memory, and of the environment alone.
 
-    python benchmarks/craftax_training.py --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 \\
+    python benchmarks/craftax_training.py --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 \
         --num-layers 2 --d-model 64 --d-head 32
     python benchmarks/craftax_training.py --memory-only
 
-Flags are the scripts' own; without any, the published size. All programs are compiled first and then run in turn, with
-random actions if there is no agent. Memory is what XLA plans for one whole update; a result that takes the place of an
-argument counts once. --memory-only stops there, for a machine that could not run the update.
+Flags are AGaLiTe's, also for GTrXL if it has them; without any, the published size. All programs are compiled first and
+then run in turn, with random actions if there is no agent. Memory is what XLA plans for one whole update; a result that
+takes the place of an argument counts once. --memory-only prints only this and runs nothing.
 
 The last two rows are parts of AGaLiTe's agent, alone. They run as often as in an update: acting in each step, learning
-in each minibatch of each epoch. One over their ratio is their share of AGaLiTe's time.
+in each minibatch of each epoch. A part's share of AGaLiTe's time is 1 / its ratio.
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -114,15 +115,17 @@ def parts(args):
     reset, cos = np.zeros((T, B), bool), np.ones((T, B, (args.r + 1) // 2), np.float32)
     memory = agalite.ActorCritic(args, 1).initial_memory(B).layers[0]
     return {
-        "of AGaLiTe's, the attention alone": part(args, Attention(args), args.num_layers, [u, reset, cos], memory),
-        "of AGaLiTe's, the encoder alone": part(args, nn.remat(agalite.SymbolEncoder)(args.d_encoder), 1, [obs]),
+        "AGaLiTe's attention alone": part(args, Attention(args), args.num_layers, [u, reset, cos], memory),
+        "AGaLiTe's encoder alone": part(args, nn.remat(agalite.SymbolEncoder)(args.d_encoder), 1, [obs]),
     }
 
 
 def main(flags: list[str]):
     memory_only = "--memory-only" in flags
     flags = [flag for flag in flags if flag != "--memory-only"]
-    args, other = agalite.parse_args(flags), gtrxl.parse_args(flags)
+    args = agalite.parse_args(flags)
+    own = [field.name for field in dataclasses.fields(gtrxl.Args) if field.name != "exp_name"]
+    other = gtrxl.Args(**{name: value for name, value in vars(args).items() if name in own})
     single = agalite.make_env(args, args.num_envs).unwrapped
     programs = {
         "AGaLiTe": training(agalite, args, agalite.ActorCritic),

@@ -9,7 +9,6 @@ in the value: 1 if episodes with the same cue are all alike, about 0.002 by chan
 has several seeds, this reads the first.
 """
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -18,7 +17,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from envs.tmaze import RIGHT  # noqa: E402
+
+from benchmarks.scripts import load
+from envs.tmaze import RIGHT
 
 EPISODES = 512
 
@@ -51,7 +52,7 @@ def walk(script, args, params) -> dict[str, jax.Array]:
 
 
 def main(path: str, run_dir: str) -> None:
-    script, folder = importlib.import_module(Path(path).stem), Path(run_dir).absolute()
+    script, folder = load(path, "_tmaze.py"), Path(run_dir).absolute()
     args = script.parse_args(["--evaluate", str(folder), "--logit-noise", "0"])  # the flags of the run, without noise
     if args.exp_name.endswith("_without_memory"):
         raise SystemExit(f"{folder} was trained without memory, which this script would give back")
@@ -68,6 +69,6 @@ def main(path: str, run_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not Path(sys.argv[1]).name.endswith("_tmaze.py"):
+    if len(sys.argv) != 3:
         raise SystemExit(f"usage: {sys.argv[0]} ppo_<memory>_tmaze.py RUN_FOLDER")
     main(*sys.argv[1:])

@@ -19,11 +19,11 @@ from pathlib import Path
 def first_row(script: Path, flags: list[str]) -> list[float]:
     """-> seconds of the three parts."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         start, times = time.perf_counter(), []
         command = [sys.executable, "-u", script.resolve(), *flags]
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
         )
         for line in process.stdout:
             if line.startswith("Compiling") or " parameters, " in line:
@@ -34,10 +34,12 @@ def first_row(script: Path, flags: list[str]) -> list[float]:
         while process.poll() is None and max(lines(), default=0) < 2:  # the header and the first row
             time.sleep(0.05)
         times.append(time.perf_counter() - start)
-        has_row = max(lines(), default=0) == 2
+        has_row = max(lines(), default=0) >= 2
         process.kill()
         process.communicate()
-    assert has_row and len(times) == 3, "the script ended before its first row"
+        errors.seek(0)
+        if not has_row or len(times) != 3:
+            raise SystemExit(f"the script ended before its first row: {errors.read()}")
     return [times[0], times[1] - times[0], times[2] - times[1]]
 
 

@@ -8,7 +8,6 @@ Transitions are random, mazes are not.
 """
 
 import functools
-import importlib
 import itertools
 import sys
 import time
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.all_scripts import seconds_of, with_processes
 from benchmarks.memorymaze import CHOICES
+from benchmarks.scripts import load
 from envs.memorymaze import MemoryMaze
 from envs.workers import Workers
 
@@ -87,7 +87,7 @@ def agent_parts(script, args) -> dict[str, float]:
 
 
 def main(name: str, flags: list[str]):
-    script = importlib.import_module(Path(name).stem)
+    script = load(name, "_memorymaze.py")
     args = script.parse_args(flags)
     parts = environment(args.env_id.split("-")[1])
     rest = with_workers(script, args) - sum(parts.values())

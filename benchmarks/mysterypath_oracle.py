@@ -11,7 +11,6 @@ effect.
 """
 
 import functools
-import importlib
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.results import interval
+from benchmarks.scripts import load
 from envs.mysterypath import FORWARD, NEIGHBOURS, NOOP, SIDE, TILE, TILES, TURN_LEFT, TURN_RIGHT, EnvState, MysteryPath
 
 ENV_ID = "MysteryPath-Grid-Easy-v0"
@@ -149,7 +149,7 @@ def main(path: str = "", *flags: str) -> None:
         for name, values in play(1000).items():
             print("{}: {:.3g} ± {:.2g}".format(name, *interval(np.asarray(values))))
         return
-    script = importlib.import_module(Path(path).stem)
+    script = load(path, "_mysterypath.py")
     args = script.parse_args(list(flags))
     if getattr(args, "env_id", "") != ENV_ID:
         raise SystemExit(f"The oracle knows its way in {ENV_ID} only")
@@ -161,6 +161,4 @@ def main(path: str = "", *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not Path(sys.argv[1]).name.startswith("ppo_"):
-        raise SystemExit(f"usage: {sys.argv[0]} [ppo_<model>_mysterypath.py [its flags]]")
     main(*sys.argv[1:])

@@ -6,7 +6,6 @@ The flags are the script's own; only --env-id, --seed, --eval-episodes and the e
 """
 
 import functools
-import importlib
 import inspect
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.results import interval
+from benchmarks.scripts import load
 
 
 class RandomAgent(NamedTuple):
@@ -53,7 +53,7 @@ def evaluate(script, args) -> dict[str, np.ndarray]:
 
 
 def main(path: str, *flags: str) -> None:
-    script = importlib.import_module(Path(path).stem)
+    script = load(path)
     args = script.parse_args(list(flags))
     for name, values in evaluate(script, args).items():
         mean, half = interval(values)
@@ -61,6 +61,6 @@ def main(path: str, *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or not Path(sys.argv[1]).name.startswith("ppo_"):
+    if len(sys.argv) < 2:
         raise SystemExit(f"usage: {sys.argv[0]} ppo_<model>_<env>.py [its flags]")
     main(*sys.argv[1:])

@@ -6,13 +6,14 @@ Everything else is the script's: network, learning, flags, and the run's folder,
 Resume and evaluate such a run with this file, too: the script alone would give the agent its memory back.
 """
 
-import importlib
 import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.scripts import load
 
 
 def forgetful(agent: type) -> type:
@@ -26,13 +27,13 @@ def forgetful(agent: type) -> type:
 
 
 def main(path: str, *flags: str) -> None:
-    script = importlib.import_module(Path(path).stem)
+    script = load(path)
     sys.argv[0] += f" {path}"  # the script prints this as the command to resume
     script.ActorCritic = forgetful(script.ActorCritic)
     script.main(script.parse_args([f"--exp-name={script.Args.exp_name}_without_memory", *flags]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or not Path(sys.argv[1]).name.startswith("ppo_"):
+    if len(sys.argv) < 2:
         raise SystemExit(f"usage: {sys.argv[0]} ppo_<model>_<env>.py [its flags]")
     main(*sys.argv[1:])

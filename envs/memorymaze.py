@@ -482,15 +482,15 @@ for _size in MAX_STEPS:
     gymnasium.register(f"MemoryMaze-{_size}-v0", entry_point=MemoryMaze, kwargs={"size": _size})
 
 
-def record_video(env: gymnasium.Env, policy, memory, seed: int, path: Path) -> None:
-    """Saves one episode with sampled actions, at most 300 steps of it, as a GIF, and closes env.
+def record_video(env: gymnasium.Env, policy, memory, seed: int, path: Path, max_steps: int = 300) -> None:
+    """Saves one episode with sampled actions, at most max_steps of it, as a GIF, and closes env.
 
     policy is an ActorCritic with its parameters: obs (1, 1, ...), reset (1, 1), memory -> logits (1, 1, A), value,
     memory. Gymnasium's RecordVideo does the same, but needs moviepy.
     """
     (obs, _), rng = env.reset(seed=seed), np.random.default_rng(seed)
     reset, frames, total = True, [], 0.0
-    while not (frames and reset) and len(frames) < 300:
+    while not (frames and reset) and len(frames) < max_steps:
         logits, _, memory = policy(obs[None, None], np.array([[reset]]), memory)
         action = int(np.argmax(np.asarray(logits[0, 0]) + rng.gumbel(size=logits.shape[-1])))
         image = Image.fromarray(env.render())

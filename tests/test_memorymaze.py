@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import jax
 import numpy as np
 import pytest
-from common import slow_but
+from common import load, quick_jit, slow_but, small_args
 from compare_memorymaze import check, record
 from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from PIL import Image
 
 from envs import memorymaze
 from envs.memorymaze import (
@@ -294,3 +297,32 @@ env.close()
 assert not {"jax", "gym"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+@needs_package
+@pytest.mark.slow
+def test_a_script_plays_the_maze(tmp_path):
+    """A rollout in two mazes, as `main` makes them: their images, the end of a shortened episode, which counts for
+    learning only, and a video. (Other tests of the scripts replace the maze.)"""
+    script = load("ppo_lstm_memorymaze")
+    args = small_args(script, num_envs=2, num_steps=6, num_minibatches=1, total_timesteps=12, num_channels=1)
+    agent = script.ActorCritic(args, len(ACTIONS))
+    make_env = lambda index: functools.partial(script.make_env(args, index), first_episode_steps=4 + index)
+    envs = RecordEpisodeStatistics(Workers([make_env(index) for index in range(2)]))
+    try:
+        current = script.begin_episodes(args, envs, agent.initial_memory(2), 0, 0)
+        train_state = quick_jit(functools.partial(script.init_learner, args, envs, agent))(jax.random.key(0))
+        act_fn = functools.partial(quick_jit(functools.partial(script.act, agent)), train_state.params, False)
+        _, transitions, _, episodes = script.host_rollout(args, envs, act_fn, current, jax.random.key(1))
+    finally:
+        envs.close()
+    assert transitions.obs.shape == (6, 2, 64, 64, 3) and transitions.obs.dtype == np.uint8
+    assert np.argwhere(transitions.done).tolist() == [[3, 0], [4, 1]] and episodes == []
+    np.testing.assert_array_equal(transitions.reset[1:], transitions.done[:-1])
+    assert np.ptp(transitions.obs, axis=(2, 3)).min() > 0, "every image shows something"
+
+    policy = quick_jit(functools.partial(agent.apply, train_state.params))
+    env, path = script.make_env(args)(render_mode="rgb_array"), tmp_path / "episode.gif"
+    memorymaze.record_video(env, policy, agent.initial_memory(1), 1, path, max_steps=5)
+    with Image.open(path) as frames:
+        assert frames.n_frames == 5 and frames.size == (768, 384)
