@@ -13,7 +13,6 @@ input.
 """
 
 import functools
-import importlib
 import multiprocessing
 import os
 import sys
@@ -24,8 +23,11 @@ import jax
 import numpy as np
 from gymnasium import spaces
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.scripts import load
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 UPDATES = 3
 
@@ -58,7 +60,7 @@ def with_processes(script, args):
 
 def compile_script(name: str):
     """-> steps per update, compiled parts of an update, seconds of compilation"""
-    script = importlib.import_module(Path(name).stem)
+    script = load(name)
     args = script.Args()
     parts = on_device(script, args) if hasattr(script, "update") else with_processes(script, args)
     start = time.perf_counter()
@@ -87,14 +89,14 @@ def measure(name: str, compiling, pipe):
     sizes = [p.argument_size_in_bytes + p.output_size_in_bytes + p.temp_size_in_bytes for p in plans]
     acting = f"{seconds[0] / sum(seconds):.0%}" if len(parts) > 1 else ""
     cells = f"{steps / sum(seconds):,.0f} | {sum(seconds):.3f} | {acting} | {max(sizes) / 2**20:,.0f}"
-    pipe.send(f"| {name} | {cells} | {compile_seconds:.0f} |")
+    pipe.send(f"| {Path(name).stem} | {cells} | {compile_seconds:.0f} |")
 
 
 def main(names: list[str]):
     wait = "--wait" in names
-    names = [name for name in names if name != "--wait"] or [path.name for path in sorted(ROOT.glob("ppo_*.py"))]
-    if unknown := [name for name in names if not (ROOT / name).is_file()]:
-        raise SystemExit(f"{unknown[0]}: there is no such script")
+    names = [name for name in names if name != "--wait"] or [str(path) for path in sorted(ROOT.glob("ppo_*.py"))]
+    for name in names:
+        load(name)  # refuses what is no script
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all processes share a GPU
     spawn = multiprocessing.get_context("spawn")
     compiling, pipes = spawn.Semaphore(os.cpu_count()), []

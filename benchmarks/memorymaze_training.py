@@ -1,6 +1,6 @@
 """Memory Maze: where the time of a training step goes, part by part.
 
-    taskset -c 0 python benchmarks/memorymaze_training.py ppo_agalite_memorymaze --num-channels 4 --num-envs 16
+    taskset -c 0 python benchmarks/memorymaze_training.py ppo_agalite_memorymaze.py --num-channels 4 --num-envs 16
 
 Flags are the script's own; without any, the published size. Each part is measured alone. Run it on one core: with more,
 the workers overlap, and the parts do not add up to the whole. Milliseconds are per step of one environment.
@@ -102,5 +102,5 @@ def main(name: str, flags: list[str]):
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        raise SystemExit("usage: python benchmarks/memorymaze_training.py SCRIPT [its flags]")
+        raise SystemExit("usage: python benchmarks/memorymaze_training.py ppo_<memory>_memorymaze.py [its flags]")
     main(sys.argv[1], sys.argv[2:])

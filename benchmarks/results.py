@@ -91,8 +91,10 @@ def metric_of(outcome: str) -> str:
 def difference(outcome: str, first: list[float], second: list[float]) -> str:
     """The difference of two means with Welch's 95% interval."""
     form = ".1f" if outcome == "score" else ".3f"
-    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
-    return f"{np.mean(first) - np.mean(second):{form}} ± {(high - low) / 2:{form}}"
+    a, b = (np.var(x, ddof=1) / len(x) for x in (first, second))
+    degrees = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1)) if a + b else 1
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(a + b)
+    return f"{np.mean(first) - np.mean(second):{form}} ± {half:{form}}"
 
 
 def table(rows: list[list[str]]) -> str:
@@ -136,8 +138,8 @@ def main(name: str, folders: list[str]):
     runs = [(json.loads((Path(folder) / "args.json").read_text()), Path(folder)) for folder in folders]
     flags = [flag for flag in dict.fromkeys(flag for args, _ in runs for flag in args) if flag not in FREE]
     differ = [flag for flag in flags if len({str(args[flag]) for args, _ in runs if flag in args}) > 1]
-    env_ids = {"tmaze" if "corridor_len" in args else args.get("env_id", "") for args, _ in runs}
-    tasks = {next((task for task in OUTCOMES if env_id.startswith(task)), "") for env_id in env_ids}
+    env_ids = {"tmaze" if "corridor_len" in args else args.get("env_id", "another") for args, _ in runs}
+    tasks = {next((task for task in OUTCOMES if env_id.startswith(task)), env_id) for env_id in env_ids}
     if len(tasks) > 1:
         raise SystemExit(f"runs of several tasks: {', '.join(sorted(env_ids))}")
     task = tasks.pop()

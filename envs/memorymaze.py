@@ -58,6 +58,7 @@ def choose_renderer() -> str:
     wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted and os.environ.get("MEMORY_MAZE_GL_WORKS") == wanted:
         return wanted
+    reasons = []
     os.environ.pop("PYOPENGL_PLATFORM", None)  # dm_control sets it; a leftover of another choice would make it fail
     for name in [wanted] if wanted else ["egl", "osmesa", "glfw"]:
         environment = os.environ | {"MUJOCO_GL": name, "DISABLE_RENDER_THREAD_OFFLOADING": "1"}  # as in load()
@@ -68,12 +69,13 @@ def choose_renderer() -> str:
         if probe.returncode == 0:
             os.environ["MUJOCO_GL"] = os.environ["MEMORY_MAZE_GL_WORKS"] = name
             return name
-    reason = f" Last error: {(probe.stderr.splitlines() or [f'exit status {probe.returncode}'])[-1]}"
+        reasons.append(f"{name}: {(probe.stderr.splitlines() or [f'exit status {probe.returncode}'])[-1]}")
+    tried = f" Tried {'; '.join(reasons)}"
     if wanted:
-        raise MissingDependency(f"MUJOCO_GL={wanted} draws no image here. Unset MUJOCO_GL to try others." + reason)
+        raise MissingDependency(f"MUJOCO_GL={wanted} draws no image here. Unset MUJOCO_GL to try others." + tried)
     raise MissingDependency(
         "No OpenGL draws an image here, and Memory Maze needs it: on Debian or Ubuntu install libegl1 and libgl1, or "
-        "libosmesa6. No GPU or screen is needed." + reason
+        "libosmesa6. No GPU or screen is needed." + tried
     )
 
 

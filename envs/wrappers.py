@@ -78,9 +78,8 @@ class TimeAwareObservation(Wrapper):
     """Puts the number of steps left until the time limit in front of each observation.
 
     Observations are vectors. It wraps EpisodeStatistics, which counts the steps; the limit is params.max_episode_steps.
-    A critic that knows them can foresee the end of the episode
-    (Pardo et al., "Time Limits in Reinforcement Learning", ICML 2018). Gymnasium has a wrapper of this name for
-    environments that are not pure functions.
+    A critic that knows them can foresee the end of the episode (Pardo et al., "Time Limits in Reinforcement Learning",
+    ICML 2018). Gymnasium has a wrapper of this name for environments that are not pure functions.
     """
 
     def observation_space(self, params):

@@ -289,10 +289,12 @@ def test_checkpoints_of_other_sizes_stay(script, tmp_path, restored):
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
 def test_full_disk_ends_the_run_with_a_word(script, victim, tmp_path):
     """If nothing more can be written, the run ends with a message, and earlier checkpoints can be read."""
-    process = start(script, "--total-timesteps", 2000 * BATCH, "--checkpoint-interval", 20, cwd=tmp_path)
-    wait_for_row(process, tmp_path, 25)
-    # Bytes per file, too few for a checkpoint. The next one comes within 20 rows, which take fewer than 5000 bytes.
-    limit = (folder_of(tmp_path) / "metrics.csv").stat().st_size + (100 if victim == "metrics" else 5000)
+    # The victim meets the limit (bytes per file) long before the other: the next checkpoint comes within 20 rows, which
+    # take fewer than 5000 bytes; or the next row comes, some 200 rows before the next checkpoint.
+    interval, allowed = (20, 5000) if victim == "checkpoint" else (200, 100)
+    process = start(script, "--total-timesteps", 2000 * BATCH, "--checkpoint-interval", interval, cwd=tmp_path)
+    wait_for_row(process, tmp_path, interval + 5)
+    limit = (folder_of(tmp_path) / "metrics.csv").stat().st_size + allowed
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     _, err = finish(process, expect=1)
     folder = folder_of(tmp_path)

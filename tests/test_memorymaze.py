@@ -265,7 +265,7 @@ def test_without_opengl(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", failure)
     monkeypatch.delenv("MUJOCO_GL")
-    message = "^No OpenGL draws .* libegl1 and libgl1, or libosmesa6.* Last error: ImportError: no driver$"
+    message = "^No OpenGL draws .* libegl1 and libgl1, or libosmesa6.* Tried egl: ImportError: no driver; osmesa: .*$"
     with pytest.raises(MissingDependency, match=message):
         MemoryMaze()
     assert tried == ["egl", "osmesa", "glfw"]
