@@ -175,6 +175,18 @@ FAULTS = {
     "Mystery Path: a fall goes unseen": (
         "envs/mysterypath.py", "8 * state.off_path + state.rotation", "state.rotation", "tests/test_mysterypath.py"
     ),
+    "the learning rate falls over a part of an update": (
+        TMAZE, "(1 - update / self.num_updates)", "(1 - update / (self.total_timesteps / self.batch_size))", PPO
+    ),
+    "negative rates are accepted": (TMAZE, '"logit_noise learning_rate adam_eps', '"adam_eps', "tests/test_cli.py"),
+    "Memory Maze: the next maze depends on the last one": (
+        "envs/memorymaze.py", "            target.initialize_episode_mjcf(random)", "            pass",
+        "tests/test_memorymaze.py"
+    ),
+    "Memory Maze: an encoder without the relu between its convolutions": (
+        "ppo_agalite_memorymaze.py", "Conv3x3(features)(nn.relu(y))", "Conv3x3(features)(y)",
+        "tests/test_memorymaze_scripts.py -k impalas"
+    ),
     "Craftax: bits in the wrong order": (
         "envs/craftax.py", "packbits(view != 0, axis=-1)", 'packbits(view != 0, axis=-1, bitorder="little")',
         "tests/test_craftax.py"
