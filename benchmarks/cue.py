@@ -59,7 +59,8 @@ def main(path: str, run_dir: str) -> None:
     checkpoints = ocp.CheckpointManager(folder / "checkpoints", item_handlers=ocp.StandardCheckpointHandler())
     if checkpoints.latest_step() is None:
         raise SystemExit(f"{folder} has no checkpoint")
-    saved = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore())
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices the run had
+    saved = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(fallback_sharding=one_device))
     params = jax.tree.map(lambda x: x[0], saved["train_state"]["params"])  # of the first seed
     table = jax.jit(lambda params: walk(script, args, params))(params)
     cells = [(args.corridor_len - 1) * i // 4 for i in range(5)]  # from the entrance to the junction
