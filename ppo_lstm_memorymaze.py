@@ -568,9 +568,8 @@ def main(args: Args) -> None:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
 
-        # Axis B is spread over `count` devices, which divides the number of groups in `learn`.
-        groups = args.num_envs // args.num_minibatches
-        count = max(n for n in range(1, jax.device_count() + 1) if groups % n == 0)
+        # Axis B is spread over as many devices as divide the number of groups in `learn`.
+        count = max(n for n in range(1, jax.device_count() + 1) if args.num_envs // args.num_minibatches % n == 0)
         mesh = jax.sharding.Mesh(jax.devices()[:count], ("device",))
         sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
         replicated, by_env, time_first = sharded(), sharded("device"), sharded(None, "device")  # (B, ...), (T, B, ...)
