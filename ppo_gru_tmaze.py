@@ -8,7 +8,7 @@ Its memory is a GRU (Cho et al. 2014, arXiv 1406.1078); it is trained with PPO (
 
 What to learn here: how to step a cell over time (`over_time`). For a memory of your own: docs/your_own.md.
 
-Axes, time first: T time steps, B environments, S seeds, A actions, D hidden_size.
+Axes, time first: T time steps, B environments, S seeds, A actions, D hidden_size, n inputs.
 """
 
 import csv
@@ -103,8 +103,7 @@ class Args:
         rules = (sizes, 1, 2**40), (rates, 0, 2**40), ("gamma gae_lambda critic_lambda", 0, 1)
         for names, low, high in (*rules, ("seed", 0, 2**30), ("total_timesteps", self.batch_size, 2**60)):
             for name in names.split():
-                value = getattr(self, name)
-                if not low <= value <= high:
+                if not low <= (value := getattr(self, name)) <= high:
                     bound = f"at most {high}" if value > high else f"at least {low}"
                     raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bound}")
         if self.num_envs % self.num_minibatches:
@@ -170,7 +169,7 @@ class GRU(nn.Module):
         D, kernel_init = self.hidden_size, orthogonal(math.sqrt(2))  # one orthogonal matrix for each gate
         from_x = jnp.concatenate([dense(D)(x) for _ in range(3)], axis=-1)  # (T, B, 3 D)
         kernel = jnp.hstack([self.param(f"kernel_{gate}", kernel_init, (D, D)) for gate in "rzn"])  # (D, 3 D)
-        bias = jnp.pad(self.param("bias", constant(0.0), (D,)), (2 * D, 0))  # only the candidate n has one here
+        bias = jnp.pad(self.param("bias", constant(0.0), (D,)), (2 * D, 0))  # h @ kernel has a bias for n only
         return over_time(cell, kernel, bias, from_x, reset, memory)
 
 
@@ -507,7 +506,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}  # values (S, B)
-        # 95% intervals over seeds, or over the episodes of one seed; not of achievements, whose names have a slash.
+        # 95% intervals over seeds, or over the episodes of one seed. Names with a slash (Craftax's) are not printed.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
         margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's t
         shown = [f"{name} {x.mean():.3g}" + (f" ± {margin(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
@@ -534,7 +533,7 @@ def main(args: Args) -> None:
     init_seeds = lambda seeds: jax.lax.map(lambda seed: init(args, env, agent, jax.random.key(seed)), seeds)
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
     existing, chief, tracker = args.resume or args.evaluate, jax.process_index() == 0, None
-    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # shared by all; JAX has no int64
+    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # one time for all, as int32
     run_dir = Path(existing or f"{args.runs_dir}/tmaze__{args.exp_name}__{args.seed}__{s}.{ns:09}").absolute()
     try:
         if chief and args.track:

@@ -110,8 +110,7 @@ class Args:
         rules = (sizes, 1, 2**40), (rates, 0, 2**40), ("gamma gae_lambda", 0, 1)
         for names, low, high in (*rules, ("seed", 0, 2**30), ("total_timesteps", self.batch_size, 2**60)):
             for name in names.split():
-                value = getattr(self, name)
-                if not low <= value <= high:
+                if not low <= (value := getattr(self, name)) <= high:
                     bound = f"at most {high}" if value > high else f"at least {low}"
                     raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bound}")
         if self.num_envs % self.num_minibatches:
@@ -591,7 +590,7 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
     for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}  # values (S, B)
-        # 95% intervals over seeds, or over the episodes of one seed; not of achievements, whose names have a slash.
+        # 95% intervals over seeds, or over the episodes of one seed. Names with a slash (Craftax's) are not printed.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
         margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's t
         shown = [f"{name} {x.mean():.3g}" + (f" ± {margin(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
@@ -630,7 +629,7 @@ def main(args: Args) -> None:
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
 
     existing, chief, tracker = args.resume or args.evaluate, jax.process_index() == 0, None
-    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # shared by all; JAX has no int64
+    s, ns = broadcast_one_to_all(np.array(divmod(time.time_ns(), 10**9), np.int32))  # one time for all, as int32
     run_dir = Path(existing or f"{args.runs_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{s}.{ns:09}").absolute()
     try:
         if chief and args.track:

@@ -108,8 +108,7 @@ class Args:
         rules = (sizes, 1, 2**40), (rates, 0, 2**40), ("gamma gae_lambda", 0, 1)
         for names, low, high in (*rules, ("seed", 0, 2**30), ("total_timesteps", self.batch_size, 2**60)):
             for name in names.split():
-                value = getattr(self, name)
-                if not low <= value <= high:
+                if not low <= (value := getattr(self, name)) <= high:
                     bound = f"at most {high}" if value > high else f"at least {low}"
                     raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bound}")
         if self.num_envs % self.num_minibatches:
