@@ -515,7 +515,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
     for signum in noted:
         signal.signal(signum, note)
-    if chief and args.resume and start < args.num_updates:  # it may be longer now, or have other flags
+    if chief and args.resume and start < args.num_updates:  # the run may be longer now, or have other flags
         (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
         (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []

@@ -13,7 +13,7 @@ Memory and learning are those of ppo_lstm_tmaze.py. To compare memories, `diff` 
 The defaults, 100M steps, were not run. A small agent finds about 0.4 objects per episode after 750k steps, 70
 minutes on one CPU core; a random policy finds 0.16 (docs/memorymaze.md).
 
-Axes, time first: T steps, B environments, S seeds (1), A actions, D hidden_size.
+Axes, time first: T steps, B environments, S = 1 seed, A actions, D hidden_size.
 """
 
 import csv
@@ -406,7 +406,7 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
 
 def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
     """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
-    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # host_update folds in a gradient step, which is smaller
+    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # larger than any gradient step, which host_update uses
     current, episodes = begin_episodes(args, envs, initial_memory, 1), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
@@ -479,7 +479,7 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
     for signum in noted:
         signal.signal(signum, note)
-    if chief and args.resume and start < args.num_updates:  # it may be longer now, or have other flags
+    if chief and args.resume and start < args.num_updates:  # the run may be longer now, or have other flags
         (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
         (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
     earlier = list(csv.DictReader((run_dir / "metrics.csv").open())) if start else []

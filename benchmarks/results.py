@@ -73,6 +73,11 @@ def cell(outcome: str, values: list[float]) -> str:
     return " ± ".join(f"{x:{form}}" for x in interval(values)[: len(values)])
 
 
+def metric_of(outcome: str) -> str:
+    """The column of metrics.csv."""
+    return "charts/success_rate" if outcome == "success" else f"charts/{outcome}"
+
+
 def in_training(seeds: list[list[dict]], outcome: str, end: int) -> list[str]:
     """The mean over the episodes of all seeds in each tenth of `end` steps; empty if none ended there."""
     episodes, sums = np.zeros(10), np.zeros(10)
@@ -81,11 +86,6 @@ def in_training(seeds: list[list[dict]], outcome: str, end: int) -> list[str]:
         episodes[tenth] += float(row["charts/episodes"])
         sums[tenth] += float(row["charts/episodes"]) * float(row[metric_of(outcome)])
     return [cell(outcome, [total / n]) if n else "" for total, n in zip(sums, episodes, strict=True)]
-
-
-def metric_of(outcome: str) -> str:
-    """The column of metrics.csv."""
-    return "charts/success_rate" if outcome == "success" else f"charts/{outcome}"
 
 
 def difference(outcome: str, first: list[float], second: list[float]) -> str:

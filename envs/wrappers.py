@@ -108,7 +108,7 @@ class EpisodeNoiseState(NamedTuple):
 
 
 class EpisodeNoise(Wrapper):
-    """Puts normal random numbers, one per action, drawn once per episode, in front of each observation, a vector.
+    """Puts normal random numbers, one per action, drawn once per episode, in front of each observation (a vector).
 
     scale is their standard deviation.
 

@@ -319,7 +319,7 @@ def test_a_script_plays_the_maze(tmp_path):
     assert transitions.obs.shape == (6, 2, 64, 64, 3) and transitions.obs.dtype == np.uint8
     assert np.argwhere(transitions.done).tolist() == [[3, 0], [4, 1]] and episodes == []
     np.testing.assert_array_equal(transitions.reset[1:], transitions.done[:-1])
-    assert np.ptp(transitions.obs, axis=(2, 3)).min() > 0, "every image shows something"
+    assert np.ptp(transitions.obs, axis=(2, 3, 4)).min() > 0, "every image shows something"
 
     policy = quick_jit(functools.partial(agent.apply, train_state.params))
     env, path = script.make_env(args)(render_mode="rgb_array"), tmp_path / "episode.gif"

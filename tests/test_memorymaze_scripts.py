@@ -364,18 +364,15 @@ def test_encoder_is_impalas(name):
     convolutions = iter(params[f"Conv3x3_{i}"] for i in range(15))
 
     def convolve(x):
-        kernel, bias = (jnp.asarray(next_one, jnp.float32) for next_one in map(convolution.get, ("kernel", "bias")))
-        kernel = kernel.reshape(3, 3, x.shape[-1], -1)
-        return nn.Conv(len(bias), (3, 3)).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        layer = jax.tree.map(np.float32, next(convolutions))
+        kernel = layer["kernel"].reshape(3, 3, x.shape[-1], -1)
+        return nn.Conv(len(layer["bias"]), (3, 3)).apply({"params": layer | {"kernel": kernel}}, x)
 
     x = obs[:, 0] / np.float32(255)
     for _ in range(3):
-        convolution = next(convolutions)
         x = nn.max_pool(convolve(x), (3, 3), (2, 2), "SAME")
         for _ in range(2):
-            convolution = next(convolutions)
             y = convolve(nn.relu(x))
-            convolution = next(convolutions)
             x = x + convolve(nn.relu(y))
     last = params["Dense_0"]
     expected = nn.relu(nn.relu(x).reshape(2, -1) @ last["kernel"] + last["bias"])
