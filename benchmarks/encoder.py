@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import flax.linen as nn
 import jax
@@ -31,6 +32,27 @@ class InPieces(nn.Module):
     @nn.compact
     def __call__(self, obs):
         return ppo_agalite_mysterypath.in_pieces(self.encoder(name="encoder"), obs)
+
+
+class Conv3x3(nn.Module):
+    """nn.Conv with the parameters of Memory Maze's Conv3x3."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (9 * x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        params = {"kernel": kernel.reshape(3, 3, -1, self.features), "bias": bias}
+        return nn.Conv(self.features, (3, 3)).apply({"params": params}, x)
+
+
+class ImpalaConvolutions(ppo_lstm_memorymaze.ImpalaEncoder):
+    """ImpalaEncoder with nn.Conv."""
+
+    def __call__(self, obs):
+        with patch.object(ppo_lstm_memorymaze, "Conv3x3", Conv3x3):
+            return super().__call__(obs)
 
 
 class Convolutions(nn.Module):
@@ -69,16 +91,16 @@ def milliseconds(function, *inputs) -> float:
 def main(batch: int) -> None:
     print(f"{batch} images, eight per time step, on {jax.devices()[0].device_kind}\n")
     print("| encoder | | ours, ms | at once, ms | ratio | nn.Conv, ms | ratio |\n" + "| --- " * 7 + "|")
-    for name, encoder, size in (
-        ("Mystery Path", ppo_agalite_mysterypath.ConvEncoder, 84),
-        ("Memory Maze", ppo_lstm_memorymaze.ImpalaEncoder, 64),
+    for name, size, encoder, convolutions, convert in (
+        ("Mystery Path", 84, ppo_agalite_mysterypath.ConvEncoder, Convolutions, as_convolutions),
+        ("Memory Maze", 64, ppo_lstm_memorymaze.ImpalaEncoder, ImpalaConvolutions, lambda params: params),
     ):
         obs = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch // 8, 8, size, size, 3), np.uint8))
         params = jax.jit(encoder().init)(jax.random.key(0), obs)
         encoders = [(InPieces(encoder), {"params": {"encoder": params["params"]}}), (encoder(), params)]
-        if name == "Mystery Path":
-            encoders.append((Convolutions(), as_convolutions(params)))
-        expected, *others = [jax.jit(module.apply)(p, obs) for module, p in encoders]
+        encoders.append((convolutions(), convert(params)))
+        with jax.default_matmul_precision("float32"):  # a GPU's default is TF32
+            expected, *others = [jax.jit(module.apply)(p, obs) for module, p in encoders]
         for other in others:
             np.testing.assert_allclose(other, expected, rtol=1e-4, atol=1e-4)
         table = []
@@ -87,8 +109,8 @@ def main(batch: int) -> None:
             loop = lambda p, obs, gradient=gradient: jax.lax.scan(lambda p, _: (gradient(p, obs), None), p, length=1)[0]
             table.append([milliseconds(f, p, obs) for f in (module.apply, gradient, loop)])
         for row, ours, *theirs in zip(("values", "gradients", "gradients inside a loop"), *table, strict=True):
-            cells = [f"{other:.0f} | {other / ours:.1f}" for other in theirs] + [" | "] * (2 - len(theirs))
-            print(f"| {name} | {row} | {ours:.0f} | {' | '.join(cells)} |")
+            cells = [f"{other:.1f} | {other / ours:.1f}" for other in theirs]
+            print(f"| {name} | {row} | {ours:.1f} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
