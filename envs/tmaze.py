@@ -58,6 +58,8 @@ class TMaze:
             raise ValueError(
                 f"max_episode_steps {max_episode_steps}: to walk the corridor and turn takes at least {corridor_len}"
             )
+        if max_episode_steps >= 2**31:
+            raise ValueError(f"max_episode_steps {max_episode_steps}: counted in 32 bits, so at most {2**31 - 1}")
         self.num_distractors = num_distractors
         self.default_params = EnvParams(corridor_len, max_episode_steps)
 

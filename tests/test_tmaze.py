@@ -158,6 +158,7 @@ def test_spaces(num_distractors):
         ({"corridor_len": 1}, "corridor_len 1: the cue would be in sight at the junction, so at least 2"),
         ({"corridor_len": 257}, "corridor_len 257: the position is an 8-bit Gray code, so at most 256"),
         ({"num_distractors": -1}, "num_distractors -1: a number of observation bits, so at least 0"),
+        ({"max_episode_steps": 2**31}, "max_episode_steps 2147483648: counted in 32 bits, so at most 2147483647"),
         ({"max_episode_steps": 159}, "max_episode_steps 159: to walk the corridor and turn takes at least 160"),
     ],
 )
