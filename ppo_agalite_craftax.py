@@ -13,7 +13,7 @@ What to learn here (all else is as in ppo_agalite_tmaze.py):
 The published size, 1e9 steps, is meant for a GPU and was not run; docs/craftax.md has settings for one CPU core, with
 Craftax Classic, and their results. The score is the return in percent of the sum of the rewards of all achievements.
 
-Axes, time first: T time steps, B environments, S seeds, A actions, D d_model, H heads, d d_head, e eta, F cosines.
+Axes: T steps, B environments, S seeds, A actions, n inputs, D d_model, H heads, d d_head, e eta, F cosines.
 """
 
 import csv
@@ -134,7 +134,7 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 class GRUGate(nn.Module):
     """GTrXL's gate in place of the residual sum x + y (Parisotto et al. 2020, eq. 6). x, y (T, B, D) -> (T, B, D)."""
 
-    kernel_init: Any = orthogonal(math.sqrt(2))  # the scripts with GTrXL choose another
+    kernel_init: Any = orthogonal(math.sqrt(2))  # GTrXL passes lecun_normal instead
 
     @nn.compact
     def __call__(self, x, y):
@@ -315,7 +315,7 @@ class Transition(NamedTuple):
 
 
 class RunnerState(NamedTuple):
-    """Everything that changes during training, so also what a checkpoint holds."""
+    """Everything that changes during training: what a checkpoint holds."""
 
     train_state: TrainState  # parameters and optimizer
     key: jax.Array
@@ -465,7 +465,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
 
 # ------------------------------------------------------------------------------------------------------------------ Run
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
+    """Reads the command line. With --resume or --evaluate, the defaults are that run's flags."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate
@@ -487,7 +487,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def make_shardings(args: Args):
-    """-> shardings of what `update` returns: by seed (axis 0) if all devices get equally many, else by environment."""
+    """-> shardings of what `update` returns: by seed (axis 0) if devices share them evenly, else by environment (1)."""
     available, groups = jax.device_count(), args.num_envs // args.num_minibatches  # groups of environments in `learn`
     by_seed = args.num_seeds % available == 0
     count = available if by_seed else max(n for n in range(1, available + 1) if groups % n == 0)
@@ -642,7 +642,7 @@ def main(args: Args) -> None:
     agent = ActorCritic(args, env.action_space(env.default_params).n)
     headline = ["charts/episodic_return", "charts/score"]
 
-    # For all seeds: S becomes the first axis of each array. init runs seed by seed, since a vmap of QR may hang on CPU.
+    # For all seeds: S becomes the first axis of each array. init runs seed by seed: on a CPU, a vmap of QR may hang.
     shardings = make_shardings(args)  # of a RunnerState, of metrics, of outcomes
     init_seeds = lambda seeds: jax.lax.map(lambda seed: init(args, env, agent, jax.random.key(seed)), seeds)
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
@@ -666,7 +666,7 @@ def main(args: Args) -> None:
         start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
-        params = process_allgather(runner.train_state.params, tiled=True)  # arrays of numpy, whole in each process
+        params = process_allgather(runner.train_state.params, tiled=True)  # numpy arrays, whole in each process
         if chief:
             plot_learning_curves(run_dir, headline)
             report(args, make_env(args, args.eval_episodes, evaluation=True), agent, params, run_dir, tracker)

@@ -12,7 +12,7 @@ What to learn here: how to train with environments that are CPU processes. The r
 and learning are those of ppo_agalite_tmaze.py. To compare memories, `diff` this file with ppo_lstm_memorymaze.py.
 The defaults, 100M steps, were not run; docs/memorymaze.md has results of small agents on one CPU core.
 
-Axes, time first: T steps, B environments, S = 1 seed, A actions, D d_model, H heads, d d_head, e eta, F cosines.
+Axes: T steps, B environments, S = 1 seed, A actions, n inputs, D d_model, H heads, d d_head, e eta, F cosines.
 """
 
 import csv
@@ -135,7 +135,7 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 class GRUGate(nn.Module):
     """GTrXL's gate in place of the residual sum x + y (Parisotto et al. 2020, eq. 6). x, y (T, B, D) -> (T, B, D)."""
 
-    kernel_init: Any = orthogonal(math.sqrt(2))  # the scripts with GTrXL choose another
+    kernel_init: Any = orthogonal(math.sqrt(2))  # GTrXL passes lecun_normal instead
 
     @nn.compact
     def __call__(self, x, y):
@@ -314,7 +314,7 @@ class ImpalaEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: one step, or up to 8 images."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU cut to fit its cache: up to 8 images, or one larger step."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]
@@ -508,7 +508,7 @@ def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------------------ Run
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
+    """Reads the command line. With --resume or --evaluate, the defaults are that run's flags."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate

@@ -12,7 +12,7 @@ What to learn here (all else is as in ppo_agalite_tmaze.py):
 - how to use an environment with an expensive reset: draw the first states between rollouts (`PooledReset`).
 The published size, 150M steps, was not run; docs/mysterypath.md has settings for one CPU core and their results.
 
-Axes, time first: T time steps, B environments, S seeds, A actions, D d_model, H heads, d d_head, e eta, F cosines.
+Axes: T steps, B environments, S seeds, A actions, n inputs, D d_model, H heads, d d_head, e eta, F cosines.
 """
 
 import csv
@@ -68,7 +68,7 @@ class Args:
 
     # The model
     num_channels: int = 32  # channels of the encoder's first convolution (the others have twice as many)
-    encode_tiles: bool = False  # instead of convolutions, one layer for each tile of 12 x 12 pixels (published: no)
+    encode_tiles: bool = False  # instead of three convolutions one, of the size and stride of a tile (published: no)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
@@ -121,7 +121,7 @@ class Args:
 
 
 def make_env(args: Args, num_envs: int, evaluation: bool = False) -> PooledReset:
-    # Few rollouts end more episodes than the pool has paths: a known path, too, usually takes more than 8 steps.
+    # A pool rarely runs out within a rollout: an episode usually takes more than 8 steps, even on a known path.
     pool_size = 1 if evaluation else max(1, args.num_steps // 8)  # an evaluation plays one episode per environment
     return PooledReset(EpisodeStatistics(MysteryPath(args.env_id)), num_envs, pool_size)
 
@@ -133,7 +133,7 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 class GRUGate(nn.Module):
     """GTrXL's gate in place of the residual sum x + y (Parisotto et al. 2020, eq. 6). x, y (T, B, D) -> (T, B, D)."""
 
-    kernel_init: Any = orthogonal(math.sqrt(2))  # the scripts with GTrXL choose another
+    kernel_init: Any = orthogonal(math.sqrt(2))  # GTrXL passes lecun_normal instead
 
     @nn.compact
     def __call__(self, x, y):
@@ -272,23 +272,23 @@ def patches(x, size: int, stride: int):
     *batch, H, W, C = x.shape
     if x.dtype == jnp.uint8 and stride * C % 4 == 0:  # moves four bytes at once, which is faster on a CPU
         x = jax.lax.bitcast_convert_type(x.reshape(*batch, H, W * C // 4, 4), jnp.uint32)
-    H, W, n = H // stride, W // stride, size // stride
-    x = x.reshape(*batch, H, stride, W, -1).swapaxes(-3, -2)  # (..., H, W, stride, stride * C)
+    rows, columns, n = H // stride, W // stride, size // stride
+    x = x.reshape(*batch, rows, stride, columns, -1).swapaxes(-3, -2)
     x = jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == jnp.uint32 else x
-    x = x.reshape(*batch, H, W, stride * stride * C)
-    h, w = H - n + 1, W - n + 1
+    x = x.reshape(*batch, rows, columns, stride * stride * C)
+    h, w = rows - n + 1, columns - n + 1
     return jnp.concatenate([x[..., i : i + h, j : j + w, :] for i in range(n) for j in range(n)], axis=-1)
 
 
 class ConvEncoder(nn.Module):
-    """The three convolutions of Mnih et al. 2015, as matrix products. Images (T, B, 84, 84, 3) uint8 -> (T, B, n)."""
+    """Convolutions of Mnih et al. 2015, or one for tiles, as products. Images (T, B, 84, 84, 3) uint8 -> (T, B, n)."""
 
     channels: int = 32
     tiles: bool = False
 
     @nn.compact
     def __call__(self, obs):
-        if self.tiles:  # one layer, the same for each tile of 12 x 12 pixels
+        if self.tiles:  # one convolution, of the size and stride of a tile
             x = nn.relu(dense(self.channels)(patches(obs, 12, 12) / 255.0))  # (T, B, 7, 7, channels)
             return x.reshape(*x.shape[:2], -1)
         # In a loop on a CPU, as here, the gradients of XLA's own convolutions are many times slower (docs/speed.md).
@@ -299,7 +299,7 @@ class ConvEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: one step, or up to 8 images."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU cut to fit its cache: up to 8 images, or one larger step."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]
@@ -344,7 +344,7 @@ class Transition(NamedTuple):
 
 
 class RunnerState(NamedTuple):
-    """Everything that changes during training, so also what a checkpoint holds."""
+    """Everything that changes during training: what a checkpoint holds."""
 
     train_state: TrainState  # parameters and optimizer
     key: jax.Array
@@ -494,7 +494,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
 
 # ------------------------------------------------------------------------------------------------------------------ Run
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
+    """Reads the command line. With --resume or --evaluate, the defaults are that run's flags."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate
@@ -516,7 +516,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def make_shardings(args: Args):
-    """-> shardings of what `update` returns: by seed (axis 0) if all devices get equally many, else by environment."""
+    """-> shardings of what `update` returns: by seed (axis 0) if devices share them evenly, else by environment (1)."""
     available, groups = jax.device_count(), args.num_envs // args.num_minibatches  # groups of environments in `learn`
     by_seed = args.num_seeds % available == 0
     count = available if by_seed else max(n for n in range(1, available + 1) if groups % n == 0)
@@ -660,7 +660,7 @@ def main(args: Args) -> None:
     agent = ActorCritic(args, env.action_space(env.default_params).n)
     headline = ["charts/episodic_return", "charts/success_rate"]
 
-    # For all seeds: S becomes the first axis of each array. init runs seed by seed, since a vmap of QR may hang on CPU.
+    # For all seeds: S becomes the first axis of each array. init runs seed by seed: on a CPU, a vmap of QR may hang.
     shardings = make_shardings(args)  # of a RunnerState, of metrics, of outcomes
     init_seeds = lambda seeds: jax.lax.map(lambda seed: init(args, env, agent, jax.random.key(seed)), seeds)
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
@@ -684,7 +684,7 @@ def main(args: Args) -> None:
         start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
-        params = process_allgather(runner.train_state.params, tiled=True)  # arrays of numpy, whole in each process
+        params = process_allgather(runner.train_state.params, tiled=True)  # numpy arrays, whole in each process
         if chief:
             plot_learning_curves(run_dir, headline)
             report(args, make_env(args, args.eval_episodes, evaluation=True), agent, params, run_dir, tracker)

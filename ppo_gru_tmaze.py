@@ -8,7 +8,7 @@ Its memory is a GRU (Cho et al. 2014, arXiv 1406.1078); it is trained with PPO (
 
 What to learn here: how to step a cell over time (`over_time`). For a memory of your own: docs/your_own.md.
 
-Axes, time first: T time steps, B environments, S seeds, A actions, D hidden_size, n inputs.
+Axes: T steps, B environments, S seeds, A actions, n inputs, D hidden_size.
 """
 
 import csv
@@ -212,7 +212,7 @@ class Transition(NamedTuple):
 
 
 class RunnerState(NamedTuple):
-    """Everything that changes during training, so also what a checkpoint holds."""
+    """Everything that changes during training: what a checkpoint holds."""
 
     train_state: TrainState  # parameters and optimizer
     key: jax.Array
@@ -362,7 +362,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
 
 # ------------------------------------------------------------------------------------------------------------------ Run
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
+    """Reads the command line. With --resume or --evaluate, the defaults are that run's flags."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate
@@ -384,7 +384,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def make_shardings(args: Args):
-    """-> shardings of what `update` returns: by seed (axis 0) if all devices get equally many, else by environment."""
+    """-> shardings of what `update` returns: by seed (axis 0) if devices share them evenly, else by environment (1)."""
     available, groups = jax.device_count(), args.num_envs // args.num_minibatches  # groups of environments in `learn`
     by_seed = args.num_seeds % available == 0
     count = available if by_seed else max(n for n in range(1, available + 1) if groups % n == 0)
@@ -528,7 +528,7 @@ def main(args: Args) -> None:
     agent = ActorCritic(args, env.action_space(env.default_params).n)
     headline = ["charts/episodic_return", "charts/success_rate"]
 
-    # For all seeds: S becomes the first axis of each array. init runs seed by seed, since a vmap of QR may hang on CPU.
+    # For all seeds: S becomes the first axis of each array. init runs seed by seed: on a CPU, a vmap of QR may hang.
     shardings = make_shardings(args)  # of a RunnerState, of metrics, of outcomes
     init_seeds = lambda seeds: jax.lax.map(lambda seed: init(args, env, agent, jax.random.key(seed)), seeds)
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
@@ -551,7 +551,7 @@ def main(args: Args) -> None:
         start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
-        params = process_allgather(runner.train_state.params, tiled=True)  # arrays of numpy, whole in each process
+        params = process_allgather(runner.train_state.params, tiled=True)  # numpy arrays, whole in each process
         if chief:
             no_noise = dataclasses.replace(args, logit_noise=0.0)
             plot_learning_curves(run_dir, headline)

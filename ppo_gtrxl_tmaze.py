@@ -10,7 +10,7 @@ et al., ACL 2019, arXiv 1901.02860); it is trained with PPO (Schulman et al. 201
 
 What to learn here: attention over a window (`window_attention`), alike in acting and learning: PPO's ratio starts at 1.
 
-Axes, time first: T steps, B environments, S seeds, A actions, D d_model, H heads, d d_head, L layers, M memory_len.
+Axes: T steps, B environments, S seeds, A actions, n inputs, D d_model, H heads, d d_head, L layers, M memory_len.
 """
 
 import csv
@@ -131,7 +131,7 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 class GRUGate(nn.Module):
     """GTrXL's gate in place of the residual sum x + y (Parisotto et al. 2020, eq. 6). x, y (T, B, D) -> (T, B, D)."""
 
-    kernel_init: Any = orthogonal(math.sqrt(2))  # the scripts with GTrXL choose another
+    kernel_init: Any = orthogonal(math.sqrt(2))  # GTrXL passes lecun_normal instead
 
     @nn.compact
     def __call__(self, x, y):
@@ -164,14 +164,14 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
 
         score(i, j) = ((q_i + content_bias) . (tokens_j Wk) + (q_i + position_bias) . positions_{i-j}) / sqrt(d)
 
-    q (T, B, H, d) are the queries. tokens (B, M + T, D) begin M steps earlier; Wk and Wv (D, H, d) make their keys and
+    q (T, B, H, d) are the queries. tokens (B, M + T, D) begin at step -M; Wk and Wv (D, H, d) turn them into keys and
     values. episode (M + T, B) numbers the episode of each token. The two biases are (H, d). positions (M + 1, H, d) has
     a vector for each distance i - j from 0 to M.
 
     Time is cut into N blocks of C steps, each with the M + C tokens that its steps may see: the cost is linear in T.
     """
     T, M, d = len(q), len(positions) - 1, q.shape[-1]
-    C = min(T, M)  # smaller blocks share more keys with others, larger ones score more pairs outside the window
+    C = min(T, M)  # smaller blocks compute more keys twice, larger ones score more pairs outside the window
 
     def blocks(x, size, axis=0):  # -> (N, ...), with size steps on the axis of time
         # Steps of zeros fill the last block. They come last, so no other step sees them.
@@ -179,8 +179,8 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
         return jnp.stack([jax.lax.slice_in_dim(x, start, start + size, axis=axis) for start in range(0, T, C)])
 
     q, tokens, episode = blocks(q, C), blocks(tokens, M + C, axis=1), blocks(episode, M + C)
-    # einsum takes the cheaper order: over T steps (learning) mostly tokens Wk first, which are the keys; in one step
-    # (acting) q Wk, so that the keys of the whole window are not computed again in each step. Likewise with Wv below.
+    # einsum picks the cheaper order. When learning, mostly tokens Wk first, the keys. When acting (T = 1), q Wk first,
+    # so that the keys of the whole window are not computed again in each step. Likewise with Wv below.
     content = jnp.einsum("nibhd,nbjD,Dhd->nbhij", q + content_bias, tokens, Wk)  # (N, B, H, C, M + C)
 
     # In a block, key M + i is query i's own step. Column m of by_offset is for key i + m, at distance M - m, so row i
@@ -189,11 +189,11 @@ def window_attention(q, tokens, Wk, Wv, content_bias, position_bias, positions, 
     # the row above. The entries of -inf land on the keys outside the window, before i and after M + i, and mask them.
     by_offset = jnp.einsum("nibhd,mhd->nbhim", q + position_bias, positions[::-1])  # (N, B, H, C, M + 1)
     rows = jnp.pad(by_offset, [(0, 0)] * 4 + [(0, C)], constant_values=-jnp.inf)  # (N, B, H, C, M + C + 1)
-    position = rows.reshape(*rows.shape[:3], -1)[..., :-C].reshape(content.shape)  # (N, B, H, C, M + C)
+    aligned = rows.reshape(*rows.shape[:3], -1)[..., :-C].reshape(content.shape)  # (N, B, H, C, M + C)
 
     same_episode = episode[:, M:, None] == episode[:, None]  # (N, C, M + C, B), of query and key
-    visible = jnp.moveaxis(same_episode, -1, 1)[:, :, None]  # (N, B, 1, C, M + C)
-    score = jnp.where(visible, (content + position) / math.sqrt(d), -jnp.inf)
+    same_episode = jnp.moveaxis(same_episode, -1, 1)[:, :, None]  # (N, B, 1, C, M + C)
+    score = jnp.where(same_episode, (content + aligned) / math.sqrt(d), -jnp.inf)
     out = jnp.einsum("nbjD,nbhij,Dhd->nibhd", tokens, nn.softmax(score), Wv)  # (N, C, B, H, d)
     return out.reshape(-1, *out.shape[2:])[:T]
 
@@ -210,10 +210,10 @@ class GTrXLAttention(nn.Module):
         kernel = lambda name: self.param(name, nn.initializers.lecun_normal(), (D, H * d)).reshape(D, H, d)
         Wk, Wv, bv = kernel("Wk"), kernel("Wv"), self.param("bv", constant(0.0), (H, d))
         scale, bias = self.param("scale", constant(1.0), (D,)), self.param("bias", constant(0.0), (D,))
-        # tokens are normalised, but still without LayerNorm's scale and bias. So keys and values are (scale * tokens +
-        # bias) W + b. The scale goes into W, so that acting need not scale its whole window in each step. A bias common
-        # to all keys, or to all positions, shifts all scores of a query alike. Softmax cancels that, so there is none
-        # here, unlike published. A bias common to all values is added at the end, because the weights sum to 1.
+        # tokens lack LayerNorm's scale and bias: keys and values are (scale * tokens + bias) W + b. The scale goes into
+        # W, so that acting need not scale its window in each step. A bias common to all keys, or to all positions,
+        # shifts all scores of a query alike, which softmax cancels: keys and positions have none, unlike published. One
+        # common to all values is added to the output, because the weights sum to 1.
         Wk, Wv, bv = scale[:, None, None] * Wk, scale[:, None, None] * Wv, bv + jnp.einsum("D,Dhd->hd", bias, Wv)
         q = nn.Dense(H * d, name="q")(x).reshape(T, B, H, d)  # of x without LayerNorm, as published
         positions = nn.Dense(H * d, use_bias=False, name="position")(sinusoids(M + 1, D)).reshape(M + 1, H, d)
@@ -231,13 +231,13 @@ class GTrXL(nn.Module):
         args, M = self.args, self.args.memory_len
         # Episode 0 is in progress when the memory ends, and each reset starts the next. -1: an earlier one, or no step.
         episode = jnp.concatenate([jnp.where(memory.visible.T, 0, -1), jnp.cumsum(reset, axis=0)])  # (M + T, B)
-        zeros = lambda name: self.param(name, constant(0.0), (args.num_heads, args.d_head))
-        biases = zeros("content_bias"), zeros("position_bias")  # u and v of Transformer-XL, shared by all layers
+        bias = lambda name: self.param(name, constant(0.0), (args.num_heads, args.d_head))
+        biases = bias("content_bias"), bias("position_bias")  # u and v of Transformer-XL, shared by all layers
         gate = functools.partial(GRUGate, kernel_init=nn.initializers.lecun_normal())
 
         x = nn.relu(nn.Dense(args.d_model, name="embedding")(x))  # (T, B, D)
         normalise, inputs = nn.LayerNorm(use_scale=False, use_bias=False, name="normalise"), []
-        for past in jax.lax.stop_gradient(memory.inputs):  # (B, M, D) each; constant, as published
+        for past in jax.lax.stop_gradient(memory.inputs):  # (B, M, D) each; earlier rollouts get no gradient
             tokens = jnp.concatenate([past, jnp.swapaxes(normalise(x), 0, 1)], axis=1)  # (B, M + T, D)
             inputs.append(tokens[:, -M:])
             y = GTrXLAttention(args)(x, tokens, episode, *biases)
@@ -287,7 +287,7 @@ class Transition(NamedTuple):
 
 
 class RunnerState(NamedTuple):
-    """Everything that changes during training, so also what a checkpoint holds."""
+    """Everything that changes during training: what a checkpoint holds."""
 
     train_state: TrainState  # parameters and optimizer
     key: jax.Array
@@ -437,7 +437,7 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
 
 # ------------------------------------------------------------------------------------------------------------------ Run
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
+    """Reads the command line. With --resume or --evaluate, the defaults are that run's flags."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate
@@ -459,7 +459,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def make_shardings(args: Args):
-    """-> shardings of what `update` returns: by seed (axis 0) if all devices get equally many, else by environment."""
+    """-> shardings of what `update` returns: by seed (axis 0) if devices share them evenly, else by environment (1)."""
     available, groups = jax.device_count(), args.num_envs // args.num_minibatches  # groups of environments in `learn`
     by_seed = args.num_seeds % available == 0
     count = available if by_seed else max(n for n in range(1, available + 1) if groups % n == 0)
@@ -603,7 +603,7 @@ def main(args: Args) -> None:
     agent = ActorCritic(args, env.action_space(env.default_params).n)
     headline = ["charts/episodic_return", "charts/success_rate"]
 
-    # For all seeds: S becomes the first axis of each array. init runs seed by seed, since a vmap of QR may hang on CPU.
+    # For all seeds: S becomes the first axis of each array. init runs seed by seed: on a CPU, a vmap of QR may hang.
     shardings = make_shardings(args)  # of a RunnerState, of metrics, of outcomes
     init_seeds = lambda seeds: jax.lax.map(lambda seed: init(args, env, agent, jax.random.key(seed)), seeds)
     update_seeds = jax.jit(jax.vmap(functools.partial(update, args, env)), out_shardings=shardings, donate_argnums=0)
@@ -626,7 +626,7 @@ def main(args: Args) -> None:
         start, runner = restore(checkpoints, runner) if existing else (0, runner)
         if not args.evaluate:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
-        params = process_allgather(runner.train_state.params, tiled=True)  # arrays of numpy, whole in each process
+        params = process_allgather(runner.train_state.params, tiled=True)  # numpy arrays, whole in each process
         if chief:
             no_noise = dataclasses.replace(args, logit_noise=0.0)
             plot_learning_curves(run_dir, headline)

@@ -13,7 +13,7 @@ Memory and learning are those of ppo_lstm_tmaze.py. To compare memories, `diff` 
 The defaults, 100M steps, were not run. A small agent finds about 0.4 objects per episode after 750k steps, 70
 minutes on one CPU core; a random policy finds 0.16 (docs/memorymaze.md).
 
-Axes, time first: T steps, B environments, S = 1 seed, A actions, D hidden_size.
+Axes: T steps, B environments, S = 1 seed, A actions, n inputs, D hidden_size.
 """
 
 import csv
@@ -225,7 +225,7 @@ class ImpalaEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: one step, or up to 8 images."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU cut to fit its cache: up to 8 images, or one larger step."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]
@@ -417,7 +417,7 @@ def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------------------ Run
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line. With --resume and --evaluate, the flags of that run are the defaults."""
+    """Reads the command line. With --resume or --evaluate, the defaults are that run's flags."""
 
     def run_dir_flag(resume: str = "", evaluate: str = "") -> str:  # a first pass reads only these two flags
         return resume or evaluate
