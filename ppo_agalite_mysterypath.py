@@ -95,7 +95,7 @@ class Args:
     clip_vloss: bool = False  # also clip the change of the value, to clip_coef
     ent_coef: float = 3e-4  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 5.0  # gradients are clipped to this norm
+    max_grad_norm: float = 5.0  # gradients are clipped to this norm (0: no learning)
 
     critic_lambda = property(lambda self: self.gae_lambda)  # value targets use the same lambda (not on the T-Maze)
     batch_size = property(lambda self: self.num_envs * self.num_steps)
@@ -651,9 +651,9 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
 def main(args: Args) -> None:
     if args.distributed:
         try:
-            jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
+            jax.distributed.initialize(shutdown_timeout_seconds=10**6)  # all wait for the chief's evaluation
         except (ValueError, RuntimeError) as error:
-            raise SystemExit(f"--distributed needs a job of SLURM, MPI or a cloud: {error}") from None
+            raise SystemExit(f"--distributed needs SLURM, MPI or a cloud (else --no-distributed): {error}") from None
     for library in ("absl", "asyncio"):  # they log the tracebacks of errors that orbax raises anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
     env = make_env(args, args.num_envs)
@@ -686,7 +686,8 @@ def main(args: Args) -> None:
             runner = train(args, update_seeds, runner, start, run_dir, checkpoints, tracker, headline)
         params = process_allgather(runner.train_state.params, tiled=True)  # numpy arrays, whole in each process
         if chief:
-            plot_learning_curves(run_dir, headline)
+            if (run_dir / "metrics.csv").exists():  # an evaluation does not need it
+                plot_learning_curves(run_dir, headline)
             report(args, make_env(args, args.eval_episodes, evaluation=True), agent, params, run_dir, tracker)
             if args.capture_video:
                 policy = functools.partial(agent.apply, jax.tree.map(lambda x: x[0], params))
@@ -700,4 +701,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C ends the run at once
     main(parse_args())

@@ -93,7 +93,7 @@ class Args:
     clip_vloss: bool = False  # also clip the change of the value, to clip_coef
     ent_coef: float = 0.01  # weight of the entropy bonus (published, for A2C: 0.01, and 0.001 with --memory-len 256)
     vf_coef: float = 0.05  # weight of the value loss (published: 1 in this convention)
-    max_grad_norm: float = 0.5  # gradients are clipped to this norm
+    max_grad_norm: float = 0.5  # gradients are clipped to this norm (0: no learning)
 
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
@@ -269,7 +269,8 @@ class ActorCritic(nn.Module):
         actor, critic = nn.tanh(dense(self.args.d_actor)(x)), nn.tanh(dense(self.args.d_critic)(x))
         logits = nn.Dense(self.num_actions, kernel_init=orthogonal(0.1))(actor) + noise  # (T, B, A)
         value = dense(1, bias_init=constant(self.args.initial_value))(critic)
-        value = value * (1 - self.args.gamma**steps_left)  # n equal rewards are worth 1 - gamma^n of endless ones
+        # n equal rewards are worth 1 - gamma^n of endless ones. Without a discount, endless ones have no finite value.
+        value = value * (1 - self.args.gamma**steps_left if self.args.gamma < 1 else 1)
         return logits, value.squeeze(-1), memory  # (T, B, A), (T, B)
 
 
@@ -594,9 +595,9 @@ def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) ->
 def main(args: Args) -> None:
     if args.distributed:
         try:
-            jax.distributed.initialize()  # the processes find each other through SLURM, MPI or their cloud
+            jax.distributed.initialize(shutdown_timeout_seconds=10**6)  # all wait for the chief's evaluation
         except (ValueError, RuntimeError) as error:
-            raise SystemExit(f"--distributed needs a job of SLURM, MPI or a cloud: {error}") from None
+            raise SystemExit(f"--distributed needs SLURM, MPI or a cloud (else --no-distributed): {error}") from None
     for library in ("absl", "asyncio"):  # they log the tracebacks of errors that orbax raises anyway
         logging.getLogger(library).setLevel(logging.CRITICAL)
     env = make_env(args, args.num_envs)
@@ -629,7 +630,8 @@ def main(args: Args) -> None:
         params = process_allgather(runner.train_state.params, tiled=True)  # numpy arrays, whole in each process
         if chief:
             no_noise = dataclasses.replace(args, logit_noise=0.0)
-            plot_learning_curves(run_dir, headline)
+            if (run_dir / "metrics.csv").exists():  # an evaluation does not need it
+                plot_learning_curves(run_dir, headline)
             report(args, make_env(no_noise, args.eval_episodes), agent, params, run_dir, tracker)
             if args.capture_video:
                 policy = functools.partial(agent.apply, jax.tree.map(lambda x: x[0], params))
@@ -642,4 +644,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C ends the run at once
     main(parse_args())

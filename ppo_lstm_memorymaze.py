@@ -88,7 +88,7 @@ class Args:
     clip_vloss: bool = False  # also clip the change of the value, to clip_coef
     ent_coef: float = 3e-4  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 5.0  # gradients are clipped to this norm
+    max_grad_norm: float = 5.0  # gradients are clipped to this norm (0: no learning)
 
     batch_size = property(lambda self: self.num_envs * self.num_steps)
     num_updates = property(lambda self: int(self.total_timesteps) // self.batch_size)
@@ -597,7 +597,8 @@ def main(args: Args) -> None:
 
             train_state = train(args, update, train_state, start, run_dir, checkpoints, tracker, headline)
 
-        plot_learning_curves(run_dir, headline)
+        if (run_dir / "metrics.csv").exists():  # an evaluation does not need it
+            plot_learning_curves(run_dir, headline)
         host_report(args, envs, initial_memory, act_jit, train_state.params, run_dir, tracker)
         envs.close()
         if args.capture_video:
@@ -613,4 +614,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C ends the run at once
     main(parse_args())

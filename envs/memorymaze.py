@@ -42,6 +42,7 @@ MAX_STEPS = {"9x9": 1000, "11x11": 2000, "13x13": 3000, "15x15": 4000}  # 4 step
 ACTIONS = ("noop", "forward", "left", "right", "forward+left", "forward+right")
 CONTROLS = ((0.0, 0.0), (-1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, -1.0), (-1.0, 1.0))  # roll, steer
 SUBSTEPS = 50  # of physics in a step
+PATIENCE = 300  # seconds for a renderer to draw its first image
 VIEW, LARGE_VIEW = 64, 384  # width of an observation, and of each half of a rendered image, in pixels
 
 
@@ -65,7 +66,11 @@ def choose_renderer() -> str:
         # Some renderers start without a screen and fail at the first image, so draw one.
         script = "from dm_control import mujoco\nmujoco.Physics.from_xml_string('<mujoco/>').render(64, 64)"
         command = [sys.executable, "-c", script]
-        probe = subprocess.run(command, env=environment, capture_output=True, text=True)
+        try:
+            probe = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            reasons.append(f"{name}: no image after {PATIENCE} s")
+            continue
         if probe.returncode == 0:
             os.environ["MUJOCO_GL"] = os.environ["MEMORY_MAZE_GL_WORKS"] = name
             return name

@@ -73,6 +73,16 @@ def test_ctrl_c_saves_and_says_how_to_resume(script, tmp_path):
     assert_same_outcome(folder, finished(script))
 
 
+@pytest.mark.parametrize("script", FIRST)
+def test_ctrl_c_while_compiling(script, tmp_path):
+    """Before training begins, Ctrl-C ends the run at once and without a traceback."""
+    process = start(script, *FLAGS, cwd=tmp_path)
+    assert any(line.startswith("Compiling") for line in iter(process.stdout.readline, ""))
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, expect=-signal.SIGINT)
+    assert err == ""
+
+
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
