@@ -314,7 +314,7 @@ class ImpalaEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU cut to fit its cache: up to 8 images, or one larger step."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: up to 8 images, else one step."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]

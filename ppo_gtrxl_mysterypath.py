@@ -254,7 +254,7 @@ def patches(x, size: int, stride: int):
     if x.dtype == jnp.uint8 and stride * C % 4 == 0:  # moves four bytes at once, which is faster on a CPU
         x = jax.lax.bitcast_convert_type(x.reshape(*batch, H, W * C // 4, 4), jnp.uint32)
     rows, columns, n = H // stride, W // stride, size // stride
-    x = x.reshape(*batch, rows, stride, columns, -1).swapaxes(-3, -2)
+    x = x.reshape(*batch, rows, stride, columns, -1).swapaxes(-3, -2)  # (..., rows, columns, stride, a line)
     x = jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == jnp.uint32 else x
     x = x.reshape(*batch, rows, columns, stride * stride * C)
     h, w = rows - n + 1, columns - n + 1
@@ -280,7 +280,7 @@ class ConvEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU cut to fit its cache: up to 8 images, or one larger step."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: up to 8 images, else one step."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]

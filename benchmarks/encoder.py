@@ -35,7 +35,7 @@ class InPieces(nn.Module):
 
 
 class Conv3x3(nn.Module):
-    """nn.Conv with the parameters of Memory Maze's Conv3x3."""
+    """nn.Conv with the parameters, and so the name, of Memory Maze's Conv3x3."""
 
     features: int
 
