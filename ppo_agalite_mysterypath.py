@@ -299,7 +299,7 @@ class ConvEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: up to 8 images, else one step."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: 8 images, or one step if B > 8."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]

@@ -123,7 +123,7 @@ dense = functools.partial(nn.Dense, kernel_init=orthogonal(math.sqrt(2)))
 def over_time(cell, kernel, bias, from_x, reset, memory):
     """Steps a cell through time -> its outputs h (T, B, D), memory after the last step.
 
-    cell(from_x, from_h, memory) -> memory is one step, with from_h = h @ kernel + bias. N is the width of all gates.
+    cell(from_x, from_h, memory) -> memory is one step, from_h = h @ kernel + bias. N is the sum of the gates' widths.
     The memory is a tuple of arrays (B, D); the last is h. kernel (D, N), bias (N,), from_x (T, B, N), reset (T, B).
     `loop` alone gives the same result, but each step of its backward pass updates the kernel's whole gradient. `run`
     computes it in one product after the loop: twice as fast with few environments on a CPU (docs/speed.md).
@@ -141,8 +141,8 @@ def over_time(cell, kernel, bias, from_x, reset, memory):
         return (h, memory), previous
 
     @jax.custom_gradient
-    def run(kernel, *inputs):  # -> outputs, and the function that makes the gradients of kernel and inputs
-        outputs, pull_back, previous = jax.vjp(functools.partial(loop, kernel), *inputs, has_aux=True)
+    def run(kernel, biases, *others):  # -> outputs, and the function that makes the gradients of all its inputs
+        outputs, pull_back, previous = jax.vjp(functools.partial(loop, kernel), biases, *others, has_aux=True)
 
         def backward(output_gradients):
             bias_gradient, *others = pull_back(output_gradients)  # (T, B, N)
@@ -150,7 +150,7 @@ def over_time(cell, kernel, bias, from_x, reset, memory):
 
         return outputs, backward
 
-    # The bias is copied for each step and environment: the gradient of each copy is that of its product h @ kernel.
+    # Each step and environment has its copy of the bias, whose gradient equals that of the product h @ kernel there.
     return run(kernel, jnp.broadcast_to(bias, from_x.shape), from_x, reset, memory)
 
 

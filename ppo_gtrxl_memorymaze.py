@@ -9,8 +9,8 @@ trained with PPO (Schulman et al. 2017).
 "Published" means by AGaLiTe's authors, for whom GTrXL is a baseline (Pramanik et al., TMLR 2024, arXiv 2310.15719).
 
 What to learn here: how to train with environments that are CPU processes. The rollout is a loop on the host, in Python
-(`host_rollout`); only acting and learning are compiled (`act`, `learn_from`). Mazes are not part of a checkpoint.
-Memory and learning are those of ppo_gtrxl_tmaze.py. To compare memories, `diff` this file with ppo_lstm_memorymaze.py.
+(`host_rollout`); only acting and learning are compiled (`act`, `learn_from`). A resumed run starts in new mazes. Memory
+and learning are those of ppo_gtrxl_tmaze.py. To compare memories, `diff` this file with ppo_lstm_memorymaze.py.
 The defaults, 100M steps, were not run.
 
 Axes: T steps, B environments, S = 1 seed, A actions, n inputs, D d_model, H heads, d d_head, L layers, M memory_len.
@@ -68,7 +68,7 @@ class Args:
     env_id: str = "MemoryMaze-9x9-v0"  # name of the environment (also 11x11, 13x13, 15x15; 3 to 6 objects)
 
     # The model
-    num_channels: int = 16  # channels of the encoder's first convolution (and stage; stages 2 and 3 have twice as many)
+    num_channels: int = 16  # channels of the encoder's first convolution (and first stage; twice as many in the others)
     num_layers: int = 4  # transformer layers
     d_model: int = 128  # width D of the residual stream
     d_head: int = 64  # width d of an attention head
@@ -120,7 +120,7 @@ class Args:
 
 
 def make_env(args: Args, index: int = 0):
-    """-> a function that makes environment `index`. Each worker calls it in its process."""
+    """-> a function that makes environment `index`, in a worker (0 also in the main process, for its spaces)."""
     steps = MAX_STEPS[args.env_id.split("-")[1]]  # the key is 9x9 in MemoryMaze-9x9-v0
     # All episodes have the same length. Training shortens the first ones, or all environments would reset at once.
     first_steps = steps if args.evaluate else steps - index * steps // args.num_envs
@@ -252,7 +252,7 @@ class GTrXL(nn.Module):
 
 
 class Conv3x3(nn.Module):
-    """A 3 x 3 convolution as a product, (..., H, W, C) -> (..., H, W, features). On a CPU, XLA's is slow in a loop."""
+    """A 3 x 3 convolution, (..., H, W, C) -> (..., H, W, features), as a product: faster on a CPU (docs/speed.md)."""
 
     features: int
 
@@ -263,16 +263,16 @@ class Conv3x3(nn.Module):
         bias = self.param("bias", constant(0.0), (self.features,))
         pad = lambda x, rows, columns: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [rows, columns, (0, 0)])
         x = pad(x, (0, 0), (1, 1))
-        rows = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C): left, here, right
-        if jax.default_backend() == "cpu":
-            rows = rows.reshape(-1, 3 * C)  # XLA computes the kernel's gradient twice as fast if these are a matrix
-        y = (rows @ jnp.hstack(jnp.split(kernel, 3))).reshape(*shape, W, -1)  # (..., H, W, 3 features)
+        near = jnp.concatenate([x[..., j : j + W, :] for j in range(3)], axis=-1)  # (..., H, W, 3 C), left to right
+        if jax.default_backend() == "cpu":  # on several GPUs, it would gather all environments on each
+            near = near.reshape(-1, 3 * C)  # XLA computes the kernel's gradient twice as fast if these are a matrix
+        y = (near @ jnp.hstack(jnp.split(kernel, 3))).reshape(*shape, W, -1)  # (..., H, W, 3 features)
         down, here, up = jnp.split(y, 3, axis=-1)  # what a pixel adds to those below, itself, those above
         return pad(down[..., :-1, :, :], (1, 0), (0, 0)) + here + pad(up[..., 1:, :, :], (0, 1), (0, 0)) + bias
 
 
 def max_pool(x):
-    """Max-pooling, 3 x 3, stride 2: (..., H, W, C) -> (..., H / 2, W / 2, C). Gradients of Flax's are slow on a CPU."""
+    """Max-pooling, 3 x 3, stride 2: (..., H, W, C) -> (..., H / 2, W / 2, C). Flax's has slow gradients on a CPU."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, 1), (0, 1), (0, 0)], constant_values=-jnp.inf)
     x = functools.reduce(jnp.maximum, [x[..., i : x.shape[-3] - 2 + i : 2, :, :] for i in range(3)])
     return functools.reduce(jnp.maximum, [x[..., j : x.shape[-2] - 2 + j : 2, :] for j in range(3)])
@@ -297,7 +297,7 @@ class ImpalaEncoder(nn.Module):
 
 
 def in_pieces(encoder: nn.Module, obs):
-    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: up to 8 images, else one step."""
+    """encoder(obs), (T, B, ...) -> (T, B, n). On a CPU in pieces that fit its cache: 8 images, or one step if B > 8."""
     if jax.default_backend() != "cpu":
         return encoder(obs)
     T, B = obs.shape[:2]
@@ -344,6 +344,7 @@ class Transition(NamedTuple):
 
 
 def init_learner(args: Args, envs, agent: nn.Module, key: jax.Array) -> TrainState:
+    """-> a new learner. Its parameters are made for one step of observations (1, B, 64, 64, 3)."""
     obs, reset = jnp.zeros((1, *envs.observation_space.shape), jnp.uint8), jnp.ones((1, args.num_envs), bool)
     params = agent.init(key, obs, reset, agent.initial_memory(args.num_envs))
     adam = optax.adam(args.learning_rate_at, eps=args.adam_eps)
@@ -352,7 +353,7 @@ def init_learner(args: Args, envs, agent: nn.Module, key: jax.Array) -> TrainSta
 
 
 def act(agent: nn.Module, params, greedy, key: jax.Array, obs, reset, memory):
-    """One step of the agent in B environments -> action, its log-probability, value (B,) each, memory."""
+    """One step of the agent in B environments -> action, log-probability and value, (B,) each, memory."""
     logits, value, memory = agent.apply(params, obs[None], reset[None], memory)  # (1, B, A), (1, B)
     action = jnp.where(greedy, logits[0].argmax(-1), jax.random.categorical(key, logits[0]))
     log_prob = -optax.softmax_cross_entropy_with_integer_labels(logits[0], action)
@@ -360,27 +361,27 @@ def act(agent: nn.Module, params, greedy, key: jax.Array, obs, reset, memory):
 
 
 def begin_episodes(args: Args, envs, initial_memory, *purpose: int):
-    """Starts episodes -> obs, reset, memory. purpose selects the mazes: (0, update) to train, (1,) to evaluate."""
+    """Starts episodes -> obs, reset, memory. purpose selects the mazes: (0, updates so far) or, to evaluate, (1,)."""
     seeds = np.random.SeedSequence([args.seed, *purpose]).generate_state(args.num_envs)
     obs, _ = envs.reset(seed=seeds.tolist())
     return obs, np.ones(args.num_envs, bool), initial_memory
 
 
 def host_rollout(args: Args, envs, act_fn, current, key: jax.Array):
-    """Act for T steps -> current, transitions (T, B, ...), value of the observation after them (B,), finished episodes.
+    """Acts for T steps -> current, transitions (T, B, ...), value of the next observation (B,), finished episodes.
 
     act_fn is `act`, compiled, with its params and greedy. current is (obs, reset, memory), (B, ...) each, the input of
-    the next `act`. Finished episodes are pairs of return and length.
+    the next `act`. Finished episodes are pairs of return and length, without those that make_env shortened.
     """
     transitions, episodes, (obs, reset, memory) = [], [], current
     for step_key in jax.random.split(key, args.num_steps):
         action, log_prob, value, memory = act_fn(step_key, obs, reset, memory)
-        next_obs, reward, terminated, truncated, infos = envs.step(np.asarray(action))
+        next_obs, reward, terminated, truncated, infos = envs.step(np.asarray(action))  # (B, 64, 64, 3); (B,) each
         done = terminated | truncated
         transitions.append(Transition(obs, reset, action, log_prob, value, np.float32(reward), done))
         obs, reset = next_obs, done
         if done.any():
-            whole = done & ~infos["final_info"].get("shortened", np.False_)  # not those that make_env shortened
+            whole = done & ~infos["final_info"].get("shortened", np.False_)
             episodes += zip(infos["episode"]["r"][whole], infos["episode"]["l"][whole], strict=True)
     _, _, last_value, _ = act_fn(key, obs, reset, memory)  # its action is not used
     transitions = jax.tree.map(lambda *x: np.stack(x), *transitions)  # T times (B, ...) -> (T, B, ...)
@@ -479,7 +480,7 @@ def host_update(args: Args, envs, act_jit, learn_jit, current, train_state: Trai
 
 def host_evaluate(args: Args, envs, initial_memory, act_fn) -> np.ndarray:
     """Plays eval_episodes new episodes -> returns and lengths (eval_episodes, 2)."""
-    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # larger than any gradient step, which host_update uses
+    key = jax.random.fold_in(jax.random.key(args.seed), 2**31)  # host_update folds in gradient steps: smaller numbers
     current, episodes = begin_episodes(args, envs, initial_memory, 1), []
     while len(episodes) < args.eval_episodes:
         key, rollout_key = jax.random.split(key)
@@ -643,16 +644,16 @@ def main(args: Args) -> None:
         # Axis B is spread over as many devices as divide the number of groups in `learn`.
         count = max(n for n in range(1, jax.device_count() + 1) if args.num_envs // args.num_minibatches % n == 0)
         mesh = jax.sharding.Mesh(jax.devices()[:count], ("device",))
-        sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
-        replicated, by_env, time_first = sharded(), sharded("device"), sharded(None, "device")  # (B, ...), (T, B, ...)
+        sharding = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # without axes: a copy on each device
+        replicated, by_env, time_first = sharding(), sharding("device"), sharding(None, "device")  # by_env: (B, ...)
         initial_memory = jax.device_put(agent.initial_memory(args.num_envs), by_env)
-        of_act = (replicated,) * 3 + (by_env,) * 3  # params, greedy, key; obs, reset, memory
-        of_learn = (replicated,) * 2 + (by_env, time_first, by_env)  # train_state, key; memory, transitions, last_value
-        act_jit = jax.jit(functools.partial(act, agent), in_shardings=of_act, out_shardings=by_env)
-        learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=of_learn, out_shardings=replicated)
+        act_inputs = (replicated,) * 3 + (by_env,) * 3  # params, greedy, key; obs, reset, memory
+        learn_inputs = (replicated,) * 2 + (by_env, time_first, by_env)  # train_state, key; memory, transitions, value
+        act_jit = jax.jit(functools.partial(act, agent), in_shardings=act_inputs, out_shardings=by_env)
+        learn_jit = jax.jit(functools.partial(learn_from, args), in_shardings=learn_inputs, out_shardings=replicated)
         init_jit = jax.jit(functools.partial(init_learner, args, envs, agent), out_shardings=replicated)
 
-        print(f"Run folder: {run_dir}\nCompiling, which takes about half a minute ...", flush=True)
+        print(f"Run folder: {run_dir}\nCompiling ...", flush=True)
         train_state = init_jit(jax.random.key(args.seed))
         size = sum(x.size for x in jax.tree.leaves(train_state.params))
         print(f"{size:,} parameters, {args.num_updates} updates of {args.batch_size:,} steps", flush=True)

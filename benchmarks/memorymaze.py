@@ -49,7 +49,7 @@ def endless_actions(seed: int):
 
 
 def one_core(size: str):
-    package = getattr(memorymaze.load().tasks, f"memory_maze_{size}")(image_only_obs=True, seed=1)
+    package = getattr(memorymaze.import_game().tasks, f"memory_maze_{size}")(image_only_obs=True, seed=1)
     ours, rates = MemoryMaze(size), []
     package.reset()
     ours.reset(seed=1)

@@ -7,16 +7,16 @@ faster, because
 - at each of the 50 physics substeps per step, the package asks in a Python loop over all contacts whether a target is
   touched. Here MuJoCo's array of contacts is compared at once;
 - the package draws everything in the maze. Here the walls and floor outside of the camera's view are left out;
-- the package has 84 textures, many of them equal, and loads all of them for each new maze. Here each is loaded once,
-  and all mazes share them;
+- the package loads 84 texture files for each new maze, only 11 of which differ. Here these are loaded once, and all
+  mazes share them;
 - no step has to wait for a new maze: it is built in small parts, one per step, at the start of the previous episode.
 
 The package has no options for any of this. So this module runs the package's own code and replaces its few slow parts
 with unittest.mock; otherwise it would have to copy hundreds of lines of the package.
 
 Importing this module registers MemoryMaze-9x9-v0, -11x11-, -13x13- and -15x15- with Gymnasium. It needs neither the
-package nor OpenGL: these are loaded when the first environment is made. The package's __init__ needs `gym`, which is
-abandoned, so only the parts that do without it are imported.
+package nor OpenGL: the first reset loads them. The package's __init__ needs `gym`, which is abandoned, so only the
+parts that do without it are imported.
 """
 
 import importlib.util
@@ -62,7 +62,7 @@ def choose_renderer() -> str:
     reasons = []
     os.environ.pop("PYOPENGL_PLATFORM", None)  # dm_control sets it; a leftover of another choice would make it fail
     for name in [wanted] if wanted else ["egl", "osmesa", "glfw"]:
-        environment = os.environ | {"MUJOCO_GL": name, "DISABLE_RENDER_THREAD_OFFLOADING": "1"}  # as in load()
+        environment = os.environ | {"MUJOCO_GL": name, "DISABLE_RENDER_THREAD_OFFLOADING": "1"}  # as in import_game()
         # Some renderers start without a screen and fail at the first image, so draw one.
         script = "from dm_control import mujoco\nmujoco.Physics.from_xml_string('<mujoco/>').render(64, 64)"
         command = [sys.executable, "-c", script]
@@ -90,13 +90,13 @@ def check_requirements():
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise MissingDependency(
                 f"Memory Maze needs the package {name}: pip install -r requirements.txt, with Python 3.11 or 3.12 (the "
-                "package labmaze, which draws the mazes, does not support later ones)."
+                "package labmaze, which generates the mazes, does not support later ones)."
             )
     choose_renderer()
 
 
 @cache
-def load() -> types.SimpleNamespace:
+def import_game() -> types.SimpleNamespace:
     """-> the modules of the game. Raises MissingDependency."""
     check_requirements()
     # Mesa would start a thread for each core in each process; for images this small, more than one gains nothing.
@@ -128,11 +128,11 @@ def load() -> types.SimpleNamespace:
 
 @dataclass
 class Episode:
-    """A maze at the start of an episode, as the package leaves it after reset."""
+    """An episode: physics, targets, and which of them are touched. Initially as the package leaves it after reset."""
 
     model: Any  # mujoco.MjModel
     data: Any  # mujoco.MjData
-    random: np.random.RandomState  # draws the next target, as in the package
+    random: np.random.RandomState  # chooses the next target, as in the package
     target: int  # the object to find, an index into the following four lists
     touched: list[bool]
     geoms: list[int]  # of the targets, in the model
@@ -167,12 +167,12 @@ class XmlBuilder:
 class MazeFactory:
     """Builds mazes of one size with the package's code, except for the XML of walls and floor, and the textures.
 
-    The package's environment would compile a model with its 84 textures; here its parts are taken without making the
+    The package's environment would compile a model with all textures; here its parts are taken without making the
     environment. For another seed the package would build everything again; here, only what depends on the seed.
     """
 
     def __init__(self, size: str):
-        self.modules = load()
+        self.modules = import_game()
         tasks = self.modules.tasks
         with mock.patch.object(tasks.composer, "Environment", lambda **parts: types.SimpleNamespace(**parts)):
             self.task = getattr(tasks, f"memory_maze_{size}")(seed=0).task
@@ -272,7 +272,8 @@ class MazeFactory:
 class Renderer:
     """Draws the view of a camera, with OpenGL, in the thread that made it.
 
-    side: width of the largest image, in pixels. The package's is 640 by 480; this size does not change an image.
+    side: width of OpenGL's buffer in pixels, so of the largest image. The package's buffer has 640 x 480; its size does
+    not change an image.
     """
 
     def __init__(self, factory: MazeFactory, side: int):
@@ -297,9 +298,9 @@ class Renderer:
 
         # (walls and floor, 4, 3), the positions of their corners: they are flat and never move.
         [flat] = np.nonzero((model.geom_type == self.mujoco.mjtGeom.mjGEOM_PLANE) & (model.geom_matid >= 0))
-        axes = data.geom_xmat[flat].reshape(-1, 3, 3)[..., :2]  # (n, 3, 2), the two directions along each of n
-        sides = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * model.geom_size[flat, None, :2]  # (n, 4, 2)
-        self.flat, self.corners = flat, data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes, sides)
+        axes = data.geom_xmat[flat].reshape(-1, 3, 3)[..., :2]  # (n, 3, 2): for each of n, two directions along it
+        offsets = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)]) * model.geom_size[flat, None, :2]  # (n, 4, 2)
+        self.flat, self.corners = flat, data.geom_xpos[flat, None] + np.einsum("nij,nkj->nki", axes, offsets)
 
     def draw(self, camera: str, side: int, everything: bool = True) -> np.ndarray:
         """-> (side, side, 3) uint8. Unless `everything`, it leaves out the walls and floor that are out of view."""
@@ -365,7 +366,7 @@ class MemoryMaze(gymnasium.Env):
     """Memory Maze of one size, as a Gymnasium environment.
 
     Observation: (64, 64, 3) uint8, framed by the colour of the object to find. Actions: see ACTIONS. Reward: 1 for
-    touching that object, which also draws another one; else 0. Episodes end only by their time limit, after
+    touching that object, after which another one is chosen; else 0. Episodes end only by their time limit, after
     MAX_STEPS[size] steps: they are truncated, never terminated.
 
     reset(seed=s) decides everything: the following episode is the package's first one with seed=s, and the k-th one
@@ -375,9 +376,9 @@ class MemoryMaze(gymnasium.Env):
     With render_mode="rgb_array", render() gives a larger image of the agent's view, and beside it the maze from above.
     It has no side effects.
 
-    size: a key of MAX_STEPS. first_episode_steps: length of the very first episode, which then ends with "shortened":
-    True in its last info. It is for vector environments: all episodes have the same length, so without it all
-    environments would reset in the same step.
+    size: a key of MAX_STEPS. first_episode_steps: length of the very first episode. If that is shorter than the others,
+    its last info has "shortened": True. It is for vector environments: all episodes have the same length, so without
+    it all environments would reset in the same step.
 
     Raises ValueError for impossible arguments, MissingDependency if something is not installed.
     """
@@ -395,7 +396,7 @@ class MemoryMaze(gymnasium.Env):
         self.size, self.render_mode, self.first_episode_steps = size, render_mode, first_episode_steps
         self.observation_space = spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
         self.action_space = spaces.Discrete(len(ACTIONS))
-        self.factory = self.renderer = self.build = None
+        self.factory = self.renderer = self.build = None  # made by reset: some environments only show their spaces
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -449,12 +450,12 @@ class MemoryMaze(gymnasium.Env):
             if episode.touched[i]:
                 if i == episode.target:
                     reward = 1.0
-                    episode.target = self._draw_target()
+                    episode.target = self._choose_target()
                 episode.touched[i] = False
                 model.mat_rgba[material, 3] = 1  # a target touched at the very start is invisible until now
         return reward
 
-    def _draw_target(self) -> int:
+    def _choose_target(self) -> int:
         """-> a target that is not being touched"""
         while True:
             target = self.episode.random.randint(len(self.episode.touched))
@@ -496,15 +497,15 @@ def record_video(env: gymnasium.Env, policy, memory, seed: int, path: Path, max_
     memory. Gymnasium's RecordVideo does the same, but needs moviepy.
     """
     (obs, _), rng = env.reset(seed=seed), np.random.default_rng(seed)
-    reset, frames, total = True, [], 0.0
-    while not (frames and reset) and len(frames) < max_steps:
-        logits, _, memory = policy(obs[None, None], np.array([[reset]]), memory)
+    ended, frames, total = False, [], 0.0
+    while not ended and len(frames) < max_steps:
+        logits, _, memory = policy(obs[None, None], np.array([[not frames]]), memory)
         action = int(np.argmax(np.asarray(logits[0, 0]) + rng.gumbel(size=logits.shape[-1])))
         image = Image.fromarray(env.render())
         text = f"step {len(frames)}   return {total:g}   {ACTIONS[action]}"
         ImageDraw.Draw(image).text((12, 12), text, fill="white", stroke_width=2, stroke_fill="black")
         frames.append(image.quantize(64))
         obs, reward, terminated, truncated, _ = env.step(action)
-        reset, total = terminated or truncated, total + float(reward)
+        ended, total = terminated or truncated, total + float(reward)
     env.close()
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [2000], loop=0)

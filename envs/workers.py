@@ -26,7 +26,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.utils import write_to_shared_memory
 
 LEFT_TO_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}  # those that a script's `train` notes
-GRACE = 5.0  # seconds: for workers to end when asked to, before they are killed; and for news of one that failed
+GRACE = 5.0  # seconds until workers that were asked to end are killed, and for the report of one that failed
 
 
 class WorkerDied(RuntimeError):
@@ -51,7 +51,7 @@ class Workers(AsyncVectorEnv):
     def __init__(self, env_fns: Sequence[Callable[[], gymnasium.Env]]):
         self.failure = None
         self._starting = contextlib.ExitStack()
-        # Runs before multiprocessing's own, which would send SIGTERM, which workers ignore, and wait for them forever.
+        # Must run before multiprocessing's exit handler, which sends SIGTERM (workers ignore it), then waits forever.
         atexit.register(_close, weakref.ref(self))
         try:
             with self._starting:
@@ -64,13 +64,13 @@ class Workers(AsyncVectorEnv):
     def _prepare_start(self):
         """Changes what processes inherit, until _starting is closed."""
         # A spawned process imports the program's main module again, and with it JAX: seconds and hundreds of megabytes
-        # for each worker. So let there be a main module of which it finds no file.
+        # for each worker. So give it a main module without a file.
         self._set(sys.modules, "__main__", types.ModuleType("__main__"))
         # Libraries start threads for all cores when they are loaded. A worker should use one.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             self._set(os.environ, name, os.environ.get(name, "1"))
         # Ctrl-C and a closed terminal signal all of its processes, a scheduler often all of a job. The parent may have
-        # something to finish, so from their first moment on its workers leave these signals to it.
+        # something to finish, so its workers ignore these signals from the start.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
         self._starting.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
         # The first worker would start multiprocessing's resource tracker, which unblocks SIGINT and SIGTERM here.
@@ -152,7 +152,7 @@ class Workers(AsyncVectorEnv):
     def close_extras(self, timeout: float | None = None, terminate: bool = False):
         """Asks the workers to end. Kills those that have not after `timeout` seconds (default GRACE), or at once."""
         for pipe in getattr(self, "parent_pipes", []):
-            pipe.close()  # which a worker takes for the end
+            pipe.close()  # the worker's _receive then returns None, and it ends
         processes = [process for process in getattr(self, "processes", []) if process.pid is not None]
         deadline = time.monotonic() + (0 if terminate else GRACE if timeout is None else timeout)
         for process in processes:

@@ -72,7 +72,7 @@ class Step(NamedTuple):
 
 def record(size: str, seed: int, num_steps: int) -> tuple[np.ndarray, list[Step]]:
     """-> the package's first observation, its steps"""
-    package = getattr(memorymaze.load().tasks, f"memory_maze_{size}")(image_only_obs=True, seed=seed)
+    package = getattr(memorymaze.import_game().tasks, f"memory_maze_{size}")(image_only_obs=True, seed=seed)
     contacts = []
     package.add_extra_hook("after_substep", lambda physics, _: contacts.append(physics.data.contact.geom.copy()))
     first_obs, walker, steps = package.reset().observation, Walker(package, seed), []

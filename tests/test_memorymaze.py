@@ -100,8 +100,8 @@ def wrong_geoms(monkeypatch):
 
 
 def wrong_target(monkeypatch):
-    draw = MemoryMaze._draw_target
-    monkeypatch.setattr(MemoryMaze, "_draw_target", lambda self: (draw(self) + 1) % 3)
+    choose = MemoryMaze._choose_target
+    monkeypatch.setattr(MemoryMaze, "_choose_target", lambda self: (choose(self) + 1) % 3)
 
 
 def too_narrow(monkeypatch):
