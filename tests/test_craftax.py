@@ -30,11 +30,14 @@ def functions(env_id):
     """-> our reset and step, the package's reset and step.
 
     For Classic, each is compiled separately. Craftax takes too long for that: ours are not compiled, and call the
-    package's, which compile themselves.
+    package's compiled ones.
     """
-    env = ENVS[env_id]
-    all_four = env.reset, env.step, env.package_env.reset, env.package_env.step
-    return tuple(map(quick_jit, all_four)) if env_id == CLASSIC else all_four
+    env = Craftax(env_id)
+    theirs = quick_jit(env.package_env.reset), quick_jit(env.package_env.step)
+    if env_id == CLASSIC:
+        return quick_jit(env.reset), quick_jit(env.step), *theirs
+    env.package_env.reset, env.package_env.step = theirs
+    return env.reset, env.step, *theirs
 
 
 def start(env_id, seed=0):
