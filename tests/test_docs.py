@@ -1,6 +1,7 @@
 """What README and docs say: links lead somewhere, commands and flags exist, and Python code runs."""
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -265,18 +266,21 @@ def test_a_gymnax_environment_is_adapted(monkeypatch):
 
 @pytest.mark.slow
 def test_the_tutorial_runs(monkeypatch):
-    """docs/tutorial.ipynb runs from its first cell to its last, with shorter training, and its assertions hold. Its
-    stored output shows an agent that has learnt; that AGaLiTe learns is tested in test_learning.py."""
+    """docs/tutorial.ipynb runs from its first cell to its last, with one layer and shorter training, and its assertions
+    hold. Its stored output shows an agent that has learnt; that AGaLiTe learns is tested in test_learning.py."""
     cells = json.loads((ROOT / "docs/tutorial.ipynb").read_text())["cells"]
     printed = "".join("".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
     assert int(re.search(r"correct turns: (\d+)%", printed)[1]) > 95
     monkeypatch.chdir(ROOT / "docs")
     monkeypatch.setattr(sys, "path", sys.path.copy())
     names = {}
+    shorter = ("num_layers=2", "num_layers=1"), ("total_timesteps=400_000", "total_timesteps=33_000")
+    shorter += (("corridor_len=20", "corridor_len=20, max_episode_steps=100"),)  # the untrained agent reaches the limit
     for cell in cells:
         if cell["cell_type"] == "code":
-            source = "".join(cell["source"]).replace("total_timesteps=400_000", "total_timesteps=50_000")
+            source = functools.reduce(lambda source, change: source.replace(*change), shorter, "".join(cell["source"]))
             monkeypatch.setattr(jax, "jit", brisk_jit if "script.update" in source else quick_jit)
             exec(source, names)
-    assert len(names["success"]) == 3, "the replacement above shortens its training"
+    args = names["args"]
+    assert (args.num_layers, args.num_updates, args.max_episode_steps) == (1, 2, 100), "all replacements were made"
     assert names["results"]["success"].shape == (200,)
