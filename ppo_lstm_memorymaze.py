@@ -479,8 +479,6 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
 
     nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # stays ignored
     noted = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1} - nohup
-    for signum in noted:
-        signal.signal(signum, note)
     if chief and args.resume and start < args.num_updates:  # the run may be longer now, or have other flags
         (run_dir / "args.new").write_text(json.dumps(vars(args) | {"resume": ""}, indent=2))
         (run_dir / "args.new").replace(run_dir / "args.json")  # the old file stays until the new one is whole
@@ -494,6 +492,9 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
         update_time = time.time()
         state, metrics, outcomes = update(state)
         metrics, outcomes = jax.tree.map(np.atleast_1d, (metrics, outcomes))  # (S,) each, on the host
+        if number == start + 1:  # until the first update has been compiled and made, a signal ends the run at once
+            for signum in noted:
+                signal.signal(signum, note)
         num_seeds, now = len(metrics["charts/episodes"]), time.time()
         for i in range(num_seeds):
             row = {"update": number, "seed": args.seed + i, "global_step": number * steps}

@@ -99,7 +99,7 @@ def main(names: list[str]):
         load(name)  # refuses what is no script
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all processes share a GPU
     spawn = multiprocessing.get_context("spawn")
-    compiling, pipes = spawn.Semaphore(os.cpu_count()), []
+    compiling, pipes = spawn.Semaphore(len(os.sched_getaffinity(0))), []
     for name in names:
         pipe, end = spawn.Pipe()
         spawn.Process(target=measure, args=(name, compiling, end), daemon=True).start()

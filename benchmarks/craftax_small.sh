@@ -9,10 +9,12 @@ cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 flags=(
-  --runs-dir "runs/craftax_small${STEPS:+_$STEPS}" --env-id Craftax-Classic-Symbolic-v1 --num-envs 32 --num-steps 64 --num-layers 2 --d-model 64 --d-head 32
+  --runs-dir "runs/craftax_small${STEPS:+_$STEPS}" --env-id Craftax-Classic-Symbolic-v1
+  --num-envs 32 --num-steps 64 --num-layers 2 --d-model 64 --d-head 32
   --total-timesteps "${STEPS:-2e6}" --checkpoint-interval 60 --eval-episodes 500
 )
 for seed in "${@:-1}"; do
+  [[ $seed =~ ^[0-9]+$ ]] || { echo "$seed is not a seed"; exit 1; }
   python ppo_agalite_craftax.py --seed "$seed" "${flags[@]}" --eta 4
   python benchmarks/without_memory.py ppo_agalite_craftax.py --seed "$seed" "${flags[@]}" --eta 4
   python ppo_gtrxl_craftax.py --seed "$seed" "${flags[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a GPU: what it computes, how fast, and the T-Maze until it is solved. Writes docs/results/gpu.md.
+# On a GPU: tests of its numbers, the speed of all scripts, eight seeds of the T-Maze. Writes docs/results/gpu.md.
 #
 #     benchmarks/gpu.sh
 set -euo pipefail

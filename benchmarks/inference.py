@@ -3,12 +3,12 @@
     python benchmarks/inference.py
 
 The context is GTrXL's --memory-len; the other memories do not depend on it. Every agent has the published size. Acting
-is a step of a batch of environments, one of 64 in a compiled loop as in a rollout; training is the gradient of a loss
-over 256 steps of 4 environments. Operations are counted in the traced program: a loop's as often as it runs, but once
-if they depend only on parameters, because XLA moves these out of the loop. Peak memory is what the compiler reserves
-beyond inputs and outputs; state is what one environment carries. "GTrXL, cached" keeps keys and values while acting
-instead of layer inputs; a check shows that it gives the same outputs. Agents run in turn, so trust the ratios to GTrXL
-of the same length, not the microseconds.
+is one step of a batch of environments; 64 steps are timed together, in a compiled loop. Training is the gradient of a
+loss over 256 steps of 4 environments. Operations are counted in the traced program: a loop's as often as it runs, but
+once if they depend only on parameters, because XLA moves these out of the loop. Peak memory is what the compiler
+reserves beyond inputs and outputs; state is what one environment carries. "GTrXL, cached" keeps keys and values while
+acting instead of layer inputs; a check shows that it gives the same outputs. Agents run in turn, so trust the ratios to
+GTrXL of the same length, not the microseconds.
 
 Writes docs/inference.csv and docs/inference.png.
 """
@@ -268,4 +268,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        raise SystemExit("usage: python benchmarks/inference.py")
     main()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the parts of AGaLiTe are worth: gates, approximation r, expansion eta. Small agents, corridor 80, five seeds.
-# 1.5M steps per seed; about an hour on one core for all. Then
+# What the parts of AGaLiTe are worth: gates beta and gamma, approximation r, expansion eta. Small agents, corridor 80,
+# five seeds, 1.5M steps each; about an hour on one core for all. Then
 #
 #     python benchmarks/results.py docs/results/memory_ablation runs/memory_ablation/*
 #
@@ -20,7 +20,7 @@ linear=$(mktemp -d)/ppo_linear_tmaze.py
 sed -e 's/keep \* (1 - gamma)/keep/' -e 's/new_k = gamma \*/new_k =/' \
   -e 's/keep\[..., None\] \* (1 - outer(beta, gamma))/keep[..., None]/' -e 's/outer(beta \* v/outer(v/' \
   ppo_galite_tmaze.py > "$linear"
-[ "$(diff ppo_galite_tmaze.py "$linear" | grep -c '^>')" = 4 ] || { echo "sed: ppo_galite_tmaze.py has changed"; exit 1; }
+[ "$(diff ppo_galite_tmaze.py "$linear" | grep -c '^>')" = 4 ] || { echo "ppo_galite_tmaze.py has changed"; exit 1; }
 
 python ppo_agalite_tmaze.py "${flags[@]}"
 python ppo_agalite_tmaze.py "${flags[@]}" --chrono-steps 1  # gates as published

@@ -9,11 +9,13 @@ cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 flags=(
-  --runs-dir runs/mysterypath_tiles --encode-tiles --num-channels 16 --num-layers 1 --d-head 32 --d-actor 64 --d-critic 64 --num-envs 32
+  --runs-dir runs/mysterypath_tiles
+  --encode-tiles --num-channels 16 --num-layers 1 --d-head 32 --d-actor 64 --d-critic 64 --num-envs 32
   --learning-rate 4e-4 --anneal-lr --ent-coef 0.03 --gamma 0.97 --gae-lambda 0.9 --max-grad-norm 0.5
   --checkpoint-interval 100 --eval-episodes 5000 --total-timesteps 2e7
 )
 for seed in "${@:-1}"; do
+  [[ $seed =~ ^[0-9]+$ ]] || { echo "$seed is not a seed"; exit 1; }
   python ppo_gtrxl_mysterypath.py --seed "$seed" "${flags[@]}" --d-model 64
   python benchmarks/without_memory.py ppo_gtrxl_mysterypath.py --seed "$seed" "${flags[@]}" --d-model 64
   python ppo_agalite_mysterypath.py --seed "$seed" "${flags[@]}"

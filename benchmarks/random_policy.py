@@ -2,7 +2,8 @@
 
     python benchmarks/random_policy.py ppo_agalite_craftax.py --env-id Craftax-Classic-Symbolic-v1 --eval-episodes 200
 
-The flags are the script's own; only --env-id, --seed, --eval-episodes and the environment's sizes matter here.
+The flags are the script's own; only --env-id, --seed, --eval-episodes and the environment's sizes matter here,
+on Memory Maze also --num-envs, the number of processes.
 """
 
 import functools
@@ -62,5 +63,5 @@ def main(path: str, *flags: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        raise SystemExit(f"usage: {sys.argv[0]} ppo_<model>_<env>.py [its flags]")
+        raise SystemExit(f"usage: {sys.argv[0]} ppo_<memory>_<task>.py [its flags]")
     main(*sys.argv[1:])

@@ -65,4 +65,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        raise SystemExit("usage: python benchmarks/recurrent.py")
     main()

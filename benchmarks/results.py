@@ -148,7 +148,7 @@ def main(name: str, folders: list[str]):
     settings = collections.defaultdict(list)  # values of the flags that differ -> (seed, rows, evaluation), ...
     for args, folder in sorted(runs, key=lambda run: run[0]["seed"]):
         if not (folder / "evaluation.json").exists():
-            raise SystemExit(f"{folder}: has no evaluation.json, so the run has not ended")
+            raise SystemExit(f"{folder}: has no evaluation.json. Let the run end, or run its script with --evaluate")
         final = json.loads((folder / "evaluation.json").read_text())
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         for i in range(args.get("num_seeds", 1)):

@@ -18,6 +18,7 @@ sed '/gamma\*\*steps_left/d' ppo_agalite_tmaze.py > "$unaware"
 [ "$(diff ppo_agalite_tmaze.py "$unaware" | grep -c '^<')" = 1 ] || { echo "ppo_agalite_tmaze.py has changed"; exit 1; }
 
 for seed in "${@:-1}"; do
+  [[ $seed =~ ^[0-9]+$ ]] || { echo "$seed is not a seed"; exit 1; }
   flags=(--runs-dir runs/tmaze_ablation --seed "$seed")
   python ppo_agalite_tmaze.py "${flags[@]}"
   python ppo_agalite_tmaze.py "${flags[@]}" --logit-noise 0

@@ -72,4 +72,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        raise SystemExit("usage: python benchmarks/training.py")
     main()

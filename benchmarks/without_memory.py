@@ -35,5 +35,5 @@ def main(path: str, *flags: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        raise SystemExit(f"usage: {sys.argv[0]} ppo_<model>_<env>.py [its flags]")
+        raise SystemExit(f"usage: {sys.argv[0]} ppo_<memory>_<task>.py [its flags]")
     main(*sys.argv[1:])

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -235,15 +236,42 @@ def test_a_memory_of_your_own_fits_other_tasks(name, following, memory, tmp_path
     assert unread_fields(source) == set()
 
 
-def test_an_environment_of_your_own_plays():
-    """The environment of docs/your_own.md, within the wrappers of its make_env, plays an episode that succeeds."""
-    script, names = load("ppo_lstm_tmaze"), {}
-    exec(block_with("class Recall:"), names)
-    wrappers = {name: getattr(script, name) for name in ("AutoReset", "EpisodeStatistics", "VectorEnv")}
-    code = block_with("Recall(args.delay)").replace("args.delay", "3").replace("args: Args", "args")
-    names |= wrappers
-    exec(code, names)
-    env = names["make_env"](None, 4)
+def test_an_environment_of_your_own_trains(tmp_path, monkeypatch):
+    """The copy for the environment of docs/your_own.md makes an update, and plays an episode that succeeds."""
+    recall = types.ModuleType("envs.recall")
+    exec(block_with("class Recall:"), vars(recall))
+    monkeypatch.setitem(sys.modules, "envs.recall", recall)
+    source = (ROOT / "ppo_lstm_tmaze.py").read_text()
+    source = replace_between(source, "def make_env(", "\n\n# ---", block_with("Recall(args.delay)") + "\n")
+    changes = {
+        "from envs.tmaze import TMaze": "from envs.recall import Recall",
+        "EpisodeNoise, EpisodeStatistics, TimeAwareObservation, ": "EpisodeStatistics, ",
+        "        noise, steps_left, obs = .*\n": "",
+        "\\(actor\\) \\+ noise": "(actor)",
+        "        # n equal rewards .*\n        value = .*steps_left .*\n": "",
+        "    logit_noise: .*\n": "",
+        '"logit_noise ': '"',
+        "    corridor_len: .*\n": "    delay: int = 10  # steps until the answer\n",
+        "    num_distractors: .*\n    max_episode_steps: .*\n": "",
+        'sizes = "': 'sizes = "delay ',
+        " *no_noise = .*\n": "",
+        "make_env\\(no_noise, 1\\)": "make_env(args, 1)",
+        "make_env\\(no_noise, args": "make_env(args, args",
+    }
+    for pattern, new in changes.items():
+        source, count = re.subn(pattern, new, source)
+        assert count == 1, pattern
+    assert unread_fields(source) == set() and "no_noise" not in source and "steps_left" not in source
+    copy = tmp_path / "ppo_mine_recall.py"
+    copy.write_text(source)
+    script = import_copy(copy)
+    args = tiny_args(script, delay=3)
+    env = script.make_env(args, args.num_envs)
+    agent = script.ActorCritic(args, env.action_space(env.default_params).n)
+    runner = quick_jit(functools.partial(script.init, args, env, agent))(jax.random.key(0))
+    _, metrics, outcomes = quick_jit(functools.partial(script.update, args, env))(runner)
+    assert metrics["charts/episodes"] > 0 and 0 <= outcomes["charts/success_rate"] <= 1
+
     obs, state = env.reset(jax.random.key(0), env.default_params)
     shown = obs.argmax(-1)
     for time in range(4):
