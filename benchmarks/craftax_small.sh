@@ -5,6 +5,7 @@
 #     benchmarks/craftax_small.sh [seed ...]
 #     STEPS=1e7 benchmarks/craftax_small.sh [seed ...]  # another length, in runs/craftax_small_1e7
 set -euo pipefail
+[[ "$*" =~ ^[0-9\ ]*$ ]] || { echo "usage: $0 [seed ...]"; exit 1; }
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
@@ -14,7 +15,6 @@ flags=(
   --total-timesteps "${STEPS:-2e6}" --checkpoint-interval 60 --eval-episodes 500
 )
 for seed in "${@:-1}"; do
-  [[ $seed =~ ^[0-9]+$ ]] || { echo "$seed is not a seed"; exit 1; }
   python ppo_agalite_craftax.py --seed "$seed" "${flags[@]}" --eta 4
   python benchmarks/without_memory.py ppo_agalite_craftax.py --seed "$seed" "${flags[@]}" --eta 4
   python ppo_gtrxl_craftax.py --seed "$seed" "${flags[@]}"

@@ -4,6 +4,7 @@
 #
 #     benchmarks/memorymaze_small.sh [seed ...]
 set -euo pipefail
+[[ "$*" =~ ^[0-9\ ]*$ ]] || { echo "usage: $0 [seed ...]"; exit 1; }
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
@@ -13,7 +14,6 @@ flags=(
   --learning-rate 1e-3 --gamma 0.97 --max-grad-norm 0.5 --total-timesteps 753664 --eval-episodes 64
 )
 for seed in "${@:-1}"; do
-  [[ $seed =~ ^[0-9]+$ ]] || { echo "$seed is not a seed"; exit 1; }
   python ppo_agalite_memorymaze.py --seed "$seed" "${flags[@]}" --num-layers 1 --d-model 64 --d-head 32 --d-ffc 64
   python ppo_lstm_memorymaze.py --seed "$seed" "${flags[@]}" --hidden-size 128
 done

@@ -4,6 +4,7 @@
 #
 #     benchmarks/mysterypath_small.sh [seed ...]
 set -euo pipefail
+[[ "$*" =~ ^[0-9\ ]*$ ]] || { echo "usage: $0 [seed ...]"; exit 1; }
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
@@ -14,7 +15,6 @@ flags=(
   --gamma 0.9 --gae-lambda 0.8 --max-grad-norm 0.5 --total-timesteps 8e6 --eval-episodes 5000
 )
 for seed in "${@:-1}"; do
-  [[ $seed =~ ^[0-9]+$ ]] || { echo "$seed is not a seed"; exit 1; }
   python ppo_agalite_mysterypath.py --seed "$seed" "${flags[@]}"
   python benchmarks/without_memory.py ppo_agalite_mysterypath.py --seed "$seed" "${flags[@]}"
 done

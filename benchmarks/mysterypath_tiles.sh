@@ -5,6 +5,7 @@
 #
 #     benchmarks/mysterypath_tiles.sh [seed ...]
 set -euo pipefail
+[[ "$*" =~ ^[0-9\ ]*$ ]] || { echo "usage: $0 [seed ...]"; exit 1; }
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
@@ -15,7 +16,6 @@ flags=(
   --checkpoint-interval 100 --eval-episodes 5000 --total-timesteps 2e7
 )
 for seed in "${@:-1}"; do
-  [[ $seed =~ ^[0-9]+$ ]] || { echo "$seed is not a seed"; exit 1; }
   python ppo_gtrxl_mysterypath.py --seed "$seed" "${flags[@]}" --d-model 64
   python benchmarks/without_memory.py ppo_gtrxl_mysterypath.py --seed "$seed" "${flags[@]}" --d-model 64
   python ppo_agalite_mysterypath.py --seed "$seed" "${flags[@]}"

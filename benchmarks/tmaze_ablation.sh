@@ -8,6 +8,7 @@
 #
 #     benchmarks/tmaze_ablation.sh [seed ...]
 set -euo pipefail
+[[ "$*" =~ ^[0-9\ ]*$ ]] || { echo "usage: $0 [seed ...]"; exit 1; }
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 export PYTHONPATH=.
@@ -18,7 +19,6 @@ sed '/gamma\*\*steps_left/d' ppo_agalite_tmaze.py > "$unaware"
 [ "$(diff ppo_agalite_tmaze.py "$unaware" | grep -c '^<')" = 1 ] || { echo "ppo_agalite_tmaze.py has changed"; exit 1; }
 
 for seed in "${@:-1}"; do
-  [[ $seed =~ ^[0-9]+$ ]] || { echo "$seed is not a seed"; exit 1; }
   flags=(--runs-dir runs/tmaze_ablation --seed "$seed")
   python ppo_agalite_tmaze.py "${flags[@]}"
   python ppo_agalite_tmaze.py "${flags[@]}" --logit-noise 0
