@@ -104,9 +104,7 @@ def imitate(script, args):
             params, state = runner.train_state.params, place_of(runner.env_state)
             logits, _, memory = agent.apply(params, runner.obs[None], runner.reset[None], runner.memory)
             action = jax.random.categorical(key, logits[0])
-            obs, env_state, _, done, info = env.step(
-                key, runner.env_state, action, env.default_params
-            )  # draws nothing
+            obs, env_state, _, done, info = env.step(key, runner.env_state, action, env.default_params)  # draws nothing
             data = runner.obs, runner.reset, jax.vmap(oracle)(seen, state), ~state.off_path
             runner = runner._replace(env_state=env_state, obs=obs, reset=done, memory=memory)
             seen = jax.tree.map(lambda new, old: jnp.where(done[:, None], new, old), nothing, seen)

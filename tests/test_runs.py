@@ -52,7 +52,7 @@ def check_metrics(folder, updates: int, outcome: str, low: float, high: float):
         assert [name for name in episodic if (row[name] != "") != ended] == []
         assert not ended or low <= float(row[f"charts/{outcome}"]) <= high
     assert {float(row["charts/episodes"]) > 0 for row in table} == {True, False}, "the test must see both kinds"
-    assert all(float(row["charts/SPS"]) > 0 for row in table)
+    assert max(float(row["charts/SPS"]) for row in table) > 0  # of a single slow update it may round to 0
 
 
 # The first script of each task also makes a video and uses --track.
