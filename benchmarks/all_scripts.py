@@ -25,7 +25,7 @@ from gymnasium import spaces
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.scripts import load
+from benchmarks.scripts import load, milliseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,23 +68,14 @@ def compile_script(name: str):
     return args.batch_size, parts, time.perf_counter() - start
 
 
-def seconds_of(part, inputs, calls: int = UPDATES) -> float:
-    """The median over calls after the first, each until its results are on the device."""
-    times = []
-    for _ in range(1 + calls):
-        start = time.perf_counter()
-        jax.block_until_ready(part(*inputs))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
-
-
 def measure(name: str, compiling, pipe):
     """The process of one script: compiles it, reports, waits for its turn, and sends its row of the table."""
     with compiling:
         steps, parts, compile_seconds = compile_script(name)
     pipe.send("compiled")
     pipe.recv()
-    seconds = [calls * seconds_of(part, inputs) for calls, part, inputs in parts]
+    times = milliseconds([functools.partial(part, *inputs) for _, part, inputs in parts], UPDATES)
+    seconds = [1e-3 * calls * ms for ms, (calls, _, _) in zip(times, parts, strict=True)]
     plans = [part.memory_analysis() for _, part, _ in parts]
     sizes = [p.argument_size_in_bytes + p.output_size_in_bytes + p.temp_size_in_bytes for p in plans]
     acting = f"{seconds[0] / sum(seconds):.0%}" if len(parts) > 1 else ""

@@ -9,9 +9,9 @@ it gives the same outputs, memory and gradients as ours. Each row measures both 
 the milliseconds. Peak memory is what XLA's compiler reserves beyond inputs and outputs. Arguments are T, B and eta.
 """
 
+import functools
 import re
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.scripts import milliseconds
 from ppo_agalite_tmaze import LayerMemory, gated_linear_attention
 
 R = 2  # frequencies, as published
@@ -79,18 +80,6 @@ def compile_pair(form, inputs):
     return [jax.jit(function).lower(memory, tensors).compile() for function in (forward, both)]
 
 
-def milliseconds(functions, arguments, repeats: int = 9) -> list[float]:
-    """Median time of each function, run in turn so that a drift of the machine's speed affects all of them."""
-    times = []
-    for _ in range(repeats):
-        times.append([])
-        for function in functions:
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            times[-1].append(1e3 * (time.perf_counter() - start))
-    return np.median(times, axis=0).tolist()
-
-
 def largest_difference(ours, theirs) -> float:
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     return max(float(jnp.abs(a - b).max() / (jnp.abs(b).max() + 1e-30)) for a, b in pairs)
@@ -112,7 +101,7 @@ def main(sizes: list[str]):
         assert difference < 1e-3, f"the two forms disagree by {difference:.1e} at T {T}, B {B}, eta {eta}"
         row = f"{T:4}{B:4}{eta:5}  "
         for pair in zip(ours, theirs, strict=True):
-            a, b = milliseconds(pair, arguments)
+            a, b = milliseconds(functools.partial(function, *arguments) for function in pair)
             row += f"|{a:6.1f}{b:8.1f}{b / a:7.1f}  "
         a, b = (form[1].memory_analysis().temp_size_in_bytes / 2**20 for form in (ours, theirs))
         print(f"{row}|{a:6.1f}{b:8.1f}{b / a:7.1f}  | {difference:.0e}", flush=True)

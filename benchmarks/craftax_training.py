@@ -15,7 +15,6 @@ in each minibatch of each epoch. A part's share of AGaLiTe's time is 1 / its rat
 import dataclasses
 import functools
 import sys
-import time
 from pathlib import Path
 
 import flax.linen as nn
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ppo_agalite_craftax as agalite
 import ppo_gtrxl_craftax as gtrxl
+from benchmarks.scripts import milliseconds
 from benchmarks.without_memory import forgetful
 from envs.wrappers import AutoReset, EpisodeStatistics, VectorEnv
 
@@ -148,17 +148,16 @@ def main(flags: list[str]):
         if memory_only:
             print(f"{name}: {memory[name]:,.0f} MiB", flush=True)
         else:
-            carries[name] = jax.block_until_ready(compiled[name](jax.jit(begin)(key)))
+            carries[name] = jax.jit(begin)(key)
     if memory_only:
         return
 
-    seconds = {name: [] for name in programs}
-    for _ in range(ROUNDS):
-        for name, run in compiled.items():
-            start = time.perf_counter()
-            carries[name] = jax.block_until_ready(run(carries[name]))
-            seconds[name].append(time.perf_counter() - start)
-    rate = {name: args.batch_size / float(np.median(values)) for name, values in seconds.items()}
+    def run(name):
+        carries[name] = compiled[name](carries[name])
+        return carries[name]
+
+    times = milliseconds([functools.partial(run, name) for name in programs], ROUNDS)
+    rate = {name: 1e3 * args.batch_size / ms for name, ms in zip(programs, times, strict=True)}
     print("\n| | steps/s | ratio to AGaLiTe's | memory, MiB |\n| --- | --- | --- | --- |")
     for name in programs:
         print(f"| {name} | {rate[name]:,.0f} | {rate[name] / rate['AGaLiTe']:.2f} | {memory[name]:,.0f} |")

@@ -2,13 +2,13 @@
 
     python benchmarks/encoder.py [--batch 128]
 
-Prints milliseconds of CPU time (on a GPU, which has no pieces, of wall time) and ratios to ours: values, gradients, and
-gradients inside a loop, as in the scripts' update. Parameters are the same; a check first shows that all agree.
+Prints milliseconds and ratios to ours: values, gradients, and gradients inside a loop, as in the scripts' update. A GPU
+has no pieces. Parameters are the same; a check first shows that all agree.
 """
 
 import argparse
+import functools
 import sys
-import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo_agalite_mysterypath  # noqa: E402
 import ppo_lstm_memorymaze  # noqa: E402
+from benchmarks.scripts import milliseconds  # noqa: E402
 
 LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
@@ -76,16 +77,20 @@ def as_convolutions(params):
     return {"params": converted}
 
 
-def milliseconds(function, *inputs) -> float:
-    """The best of three calls after the first."""
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    function, best = jax.jit(function), float("inf")
-    jax.block_until_ready(function(*inputs))
-    for _ in range(3):
-        start = clock()
-        jax.block_until_ready(function(*inputs))
-        best = min(best, 1e3 * (clock() - start))
-    return best
+def gradients(module):
+    return jax.grad(lambda p, obs: jnp.square(module.apply(p, obs)).sum())
+
+
+def gradients_in_loop(module):
+    return lambda p, obs: jax.lax.scan(lambda p, _: (gradients(module)(p, obs), None), p, length=1)[0]
+
+
+# From a module to a function of parameters and images.
+WORK = {
+    "values": lambda module: module.apply,
+    "gradients": gradients,
+    "gradients inside a loop": gradients_in_loop,
+}
 
 
 def main(batch: int) -> None:
@@ -103,12 +108,9 @@ def main(batch: int) -> None:
             expected, *others = [jax.jit(module.apply)(p, obs) for module, p in encoders]
         for other in others:
             np.testing.assert_allclose(other, expected, rtol=1e-4, atol=1e-4)
-        table = []
-        for module, p in encoders:
-            gradient = jax.grad(lambda p, obs, module=module: jnp.square(module.apply(p, obs)).sum())
-            loop = lambda p, obs, gradient=gradient: jax.lax.scan(lambda p, _: (gradient(p, obs), None), p, length=1)[0]
-            table.append([milliseconds(f, p, obs) for f in (module.apply, gradient, loop)])
-        for row, ours, *theirs in zip(("values", "gradients", "gradients inside a loop"), *table, strict=True):
+        for row, make in WORK.items():
+            functions = [functools.partial(jax.jit(make(module)), p, obs) for module, p in encoders]
+            ours, *theirs = milliseconds(functions, 3)
             cells = [f"{other:.1f} | {other / ours:.1f}" for other in theirs]
             print(f"| {name} | {row} | {ours:.1f} | {' | '.join(cells)} |")
 

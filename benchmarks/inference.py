@@ -14,9 +14,9 @@ Writes docs/inference.csv and docs/inference.png.
 """
 
 import csv
+import functools
 import importlib
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -25,8 +25,11 @@ import numpy as np
 from jax.extend.core import Literal
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.scripts import milliseconds
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 LENGTHS, BATCHES, T, OBS = (32, 64, 128, 256, 512), (1, 16), 256, 21
 LOOP = 64  # acting steps that are timed together
 NAMES = {"agalite": "AGaLiTe", "galite": "GaLiTe", "lstm": "LSTM", "gru": "GRU", "gtrxl": "GTrXL"}
@@ -174,21 +177,6 @@ def compile_(function, *arguments):
     return compiled, operations(traced.eqns), compiled.memory_analysis().temp_size_in_bytes
 
 
-def microseconds(cases: dict, budget: float) -> dict:
-    """Median time of each (compiled, arguments), run in turn so that a drift of the machine's speed affects all."""
-    times = {key: [] for key in cases}
-    for compiled, arguments in cases.values():
-        jax.block_until_ready(compiled(*arguments))
-    start = time.perf_counter()
-    while time.perf_counter() - start < budget or len(times[next(iter(times))]) < 5:
-        for key, (compiled, arguments) in cases.items():
-            jax.block_until_ready(compiled(*arguments))  # refills the caches, which the previous case has emptied
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            times[key].append(1e6 * (time.perf_counter() - begin))
-    return {key: float(np.median(values)) for key, values in times.items()}
-
-
 def measure() -> list[dict]:
     """A row for each kind of work, batch, length and agent."""
     rows = []
@@ -207,15 +195,15 @@ def measure() -> list[dict]:
                     step, *arguments = training(name, length)
                 compiled, flops, peak = compile_(step, *arguments)
                 flops /= LOOP if work == "acting" else 1
-                cases[key] = compiled, arguments
+                cases[key] = functools.partial(compiled, *arguments)
                 state = sum(x.nbytes for x in jax.tree.leaves(arguments[-1])) / B
                 facts[key] = {"GFLOP": flops / 1e9, "state_kB": state / 1e3, "peak_MB": peak / 1e6}
-        times = microseconds(cases, budget=20 if work == "acting" else 60)
-        times = {key: us / (LOOP if work == "acting" else 1) for key, us in times.items()}
+        times = dict(zip(cases, milliseconds(cases.values()), strict=True))
         for length in LENGTHS:
             for name in names:
                 key = (name, length if "gtrxl" in name else None)
-                row = {"work": work, "batch": B, "length": length, "agent": name, "us": times[key]} | facts[key]
+                row = {"work": work, "batch": B, "length": length, "agent": name}
+                row |= {"us": 1e3 * times[key] / (LOOP if work == "acting" else 1)} | facts[key]
                 rows.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
     return rows
 

@@ -19,9 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.all_scripts import seconds_of, with_processes
+from benchmarks.all_scripts import UPDATES, with_processes
 from benchmarks.memorymaze import CHOICES
-from benchmarks.scripts import load
+from benchmarks.scripts import load, milliseconds
 from envs.memorymaze import MemoryMaze
 from envs.workers import Workers
 
@@ -56,16 +56,15 @@ def with_workers(script, args) -> float:
     start = time.perf_counter()
     for _ in range(STEPS):
         envs.step(rng.choice(CHOICES, args.num_envs))
-    milliseconds = 1e3 * (time.perf_counter() - start) / STEPS / args.num_envs
+    seconds = time.perf_counter() - start
     envs.close()
-    return milliseconds
+    return 1e3 * seconds / STEPS / args.num_envs
 
 
 def agent_parts(script, args) -> dict[str, float]:
     """-> ms of acting, and of learning in the encoder and elsewhere, per step"""
     (T, act, acting), (_, learn, learning) = with_processes(script, args)
     B, (train_state, _, _, transitions, _) = args.num_envs, learning
-    acting_ms, learning_ms = 1e3 * seconds_of(jax.jit(act), acting, 20), 1e3 * seconds_of(jax.jit(learn), learning)
 
     minibatch = jnp.asarray(transitions.obs[:, : B // args.num_minibatches])
     encoder = script.ImpalaEncoder(args.num_channels)
@@ -78,7 +77,8 @@ def agent_parts(script, args) -> dict[str, float]:
         step = lambda params, _: (jax.tree.map(lambda p, g: p - 1e-9 * g, params, jax.grad(loss)(params)), None)
         return jax.lax.scan(step, params, length=times)[0]
 
-    encoding_ms = 1e3 * seconds_of(jax.jit(passes), (params,))
+    calls = (jax.jit(act), *acting), (jax.jit(learn), *learning), (jax.jit(passes), params)
+    acting_ms, learning_ms, encoding_ms = milliseconds([functools.partial(*call) for call in calls], UPDATES)
     return {
         "acting": acting_ms / B,
         "learning: encoder, forward and backward": encoding_ms / (T * B),
@@ -95,8 +95,8 @@ def main(name: str, flags: list[str]):
     total = sum(parts.values())
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {name}, {args.num_envs} x {args.num_steps}\n")
     print("| part | ms per step | share |\n| --- | --- | --- |")
-    for part, milliseconds in itertools.chain(parts.items(), [("together", total)]):
-        print(f"| {part} | {milliseconds:.2f} | {milliseconds / total:.0%} |")
+    for part, ms in itertools.chain(parts.items(), [("together", total)]):
+        print(f"| {part} | {ms:.2f} | {ms / total:.0%} |")
     print(f"\n{1e3 / total:.0f} steps per second")
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.attention import milliseconds
+from benchmarks.scripts import milliseconds
 from ppo_gru_tmaze import GRU
 from ppo_lstm_tmaze import LSTM
 
@@ -39,11 +39,10 @@ class PlainLoop(nn.Module):
 
 
 def passes(module, memory, x, reset):
-    """-> forward, and forward with backward, as functions without arguments that have run once."""
+    """-> forward, and forward with backward, as functions without arguments."""
     params = module.init(jax.random.key(0), x, reset, memory)
     forward = jax.jit(lambda params, x: module.apply(params, x, reset, memory)[0])
     both = jax.jit(jax.grad(lambda params, x: jnp.square(forward(params, x)).mean()))
-    jax.block_until_ready([forward(params, x), both(params, x)])
     return (lambda: forward(params, x)), (lambda: both(params, x))
 
 
@@ -59,7 +58,7 @@ def main():
         for name, forms in (("LSTM 600", lstm), ("GRU 680", gru)):
             row = f"T {T:3}, B {B:2}, {name:8}"
             for kind, pair in zip(("forward", "forward and backward"), zip(*forms, strict=True), strict=True):
-                ours, flax = milliseconds(pair, ())
+                ours, flax = milliseconds(pair)
                 row += f"   {kind}: {ours:.1f}, {flax:.1f}, {flax / ours:.1f}"
             print(row, flush=True)
 

@@ -21,7 +21,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ppo_agalite_tmaze as script
-from benchmarks import attention
+from benchmarks.attention import authors_form
+from benchmarks.scripts import milliseconds
 
 ROUNDS = 15
 
@@ -29,9 +30,8 @@ ROUNDS = 15
 def matrix_rate() -> float:
     """FLOP per second in the product of two 2048 x 2048 float32 matrices."""
     a = jax.random.normal(jax.random.key(0), (2048, 2048))
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    return 2 * 2048**3 / (1e-3 * attention.milliseconds([product], (a, a), ROUNDS)[0])
+    product = functools.partial(jax.jit(jnp.matmul), a, a)
+    return 2 * 2048**3 / (1e-3 * milliseconds([product], ROUNDS)[0])
 
 
 def main():
@@ -43,7 +43,7 @@ def main():
     update = functools.partial(script.update, args, env)
     rollout = lambda runner: script.rollout(args, env, runner, jax.random.key(2))
     runs, ours = {}, script.gated_linear_attention
-    for form, function in (("ours", ours), ("theirs", attention.authors_form)):
+    for form, function in (("ours", ours), ("theirs", authors_form)):
         script.gated_linear_attention = function
         # A new function each time: otherwise jit would find the other form in its cache.
         for part, run in (("update", lambda x: update(x)), ("rollout", lambda x: rollout(x))):
@@ -54,7 +54,7 @@ def main():
     loss = [float(jnp.sum(run()[1]["losses/value_loss"])) for key, run in runs.items() if key[2] == "update"]
     np.testing.assert_allclose(loss, loss[0], rtol=1e-4, err_msg="the two forms learn differently")
 
-    seconds = {key: 1e-3 * ms for key, ms in zip(runs, attention.milliseconds(runs.values(), (), ROUNDS), strict=True)}
+    seconds = {key: 1e-3 * ms for key, ms in zip(runs, milliseconds(runs.values(), ROUNDS), strict=True)}
 
     size = sum(x.size for x in jax.tree.leaves(runner.train_state.params))
     rate = matrix_rate()
