@@ -35,7 +35,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
-import wandb
 from flax.linen.initializers import constant, lecun_normal, orthogonal
 from flax.training.train_state import TrainState
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
@@ -437,7 +436,8 @@ def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage,
     value_loss = 0.5 * squared_error.mean()
 
     entropy = -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1).mean()
-    return policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss, {
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    return loss, {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
@@ -532,20 +532,19 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
     """Restores the newest readable checkpoint with the types and devices of `like` -> number of its update, state."""
-    arrays = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, like)
     types_of = lambda tree: {k: f"{x.dtype}{list(x.shape)}" for k, x in ocp.tree.to_flat_dict(tree, sep="/").items()}
-    here = types_of(arrays)
+    here = types_of(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
     for number in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            saved = types_of(checkpoints.item_metadata(number))
-            if saved == here:
+            there = types_of(checkpoints.item_metadata(number))
+            if there == here:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
         except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
-            print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
-        else:  # readable, but not what `like` is
-            name = next(name for name in here | saved if saved.get(name) != here.get(name))
-            types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-            raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
+            print(f"Checkpoint {number} cannot be read: {error!r:.100}")
+            continue
+        name = next(name for name in here | there if there.get(name) != here.get(name))
+        types = f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
     raise SystemExit(f"{checkpoints.directory} has no checkpoint that can be read: start the run again")
 
 
@@ -592,13 +591,14 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
             row |= {name: values[i] for name, values in metrics.items()}
             if bad := [name for name, value in row.items() if not np.isfinite(value)]:
                 raise SystemExit(f"\nUpdate {number} is not saved: {bad[0]} of seed {row['seed']} is not finite")
-            row |= {name: values[i] if row["charts/episodes"] else "" for name, values in outcomes.items()}
+            if row["charts/episodes"]:  # else there are no means, and their cells stay empty
+                row |= {name: values[i] for name, values in outcomes.items()}
             if chief:
-                writer = writer or open_metrics(run_dir / "metrics.csv", list(row), earlier)
+                writer = writer or open_metrics(run_dir / "metrics.csv", [*row, *outcomes], earlier)
                 writer.writerow(row)
             if tracker:
                 prefix = f"seed_{row['seed']}/" if num_seeds > 1 else ""
-                tracker.log({prefix + name: x for name, x in row.items() if x != ""}, step=row["global_step"])
+                tracker.log({prefix + name: x for name, x in row.items()}, step=row["global_step"])
         if metrics["charts/episodes"].all():  # else there is no mean to show
             bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
@@ -634,11 +634,11 @@ def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
 def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path, tracker) -> None:
     """Evaluates the parameters with sampled and with greedy actions."""
     results = {}
+    margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # 95%, Student's t
     for kind in ("sampled", "greedy"):
         act_fn = functools.partial(act_jit, params, kind == "greedy")
         returns, lengths = host_evaluate(args, envs, initial_memory, act_fn).T
         results[kind] = {"episodic_return": [returns.mean()], "episodic_length": [lengths.mean()]}
-        margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's t
         shown = f"{returns.mean():.3g}" + (f" ± {margin(returns):.2g}" if returns.size > 1 else "")
         print(f"Evaluation, {kind} actions, {returns.size} episodes: episodic_return {shown}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
@@ -655,7 +655,12 @@ def main(args: Args) -> None:
         envs = RecordEpisodeStatistics(Workers([make_env(args, index) for index in range(args.num_envs)]))
         agent = ActorCritic(args, envs.single_action_space.n)
         if args.track:
-            tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
+            import wandb  # not above, because it takes a second
+
+            try:
+                tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
+            except wandb.Error as error:
+                raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
         if not existing:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -700,8 +705,6 @@ def main(args: Args) -> None:
         print(f"Results: {run_dir}")
     except MissingDependency as error:
         raise SystemExit(error) from None
-    except wandb.Error as error:
-        raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
     except (WorkerDied, OSError) as error:
         raise SystemExit(f'{error}. If there are checkpoints, --resume "{run_dir}" continues from the newest') from None
 

@@ -30,7 +30,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
-import wandb
 from flax.linen.initializers import constant, orthogonal
 from flax.training.train_state import TrainState
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
@@ -284,7 +283,8 @@ def ppo_loss(params, args: Args, apply_fn, memory, batch: Transition, advantage,
     value_loss = 0.5 * squared_error.mean()
 
     entropy = -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1).mean()
-    return policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss, {
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    return loss, {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
@@ -358,7 +358,8 @@ def evaluate(env, agent: nn.Module, params, key: jax.Array, greedy: bool) -> dic
         return key, env_state, obs, done, memory, finished | done, results
 
     carry = (key, env_state, obs, jnp.ones(B, bool), agent.initial_memory(B), jnp.zeros(B, bool), results)
-    return jax.lax.while_loop(lambda carry: ~carry[-2].all(), step, carry)[-1]
+    *_, results = jax.lax.while_loop(lambda carry: ~carry[-2].all(), step, carry)  # until all have finished
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------------------ Run
@@ -395,27 +396,27 @@ def make_shardings(args: Args):
             raise SystemExit(f"--distributed can use only {used}")
         print(f"Using {used}")
     mesh = jax.sharding.Mesh(jax.devices()[:count], ("device",))
-    sharded = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # sharded(): a copy on each device
-    runner = sharded("device") if by_seed else RunnerState(sharded(), sharded(), *[sharded(None, "device")] * 4)
-    return runner, sharded(), sharded()
+    sharding = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # without axes: a copy on each device
+    replicated, by_env = sharding(), sharding(None, "device")
+    runner = sharding("device") if by_seed else RunnerState(replicated, replicated, by_env, by_env, by_env, by_env)
+    return runner, replicated, replicated
 
 
 def restore(checkpoints: ocp.CheckpointManager, like) -> tuple[int, Any]:
     """Restores the newest readable checkpoint with the types and devices of `like` -> number of its update, state."""
-    arrays = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, like)
     types_of = lambda tree: {k: f"{x.dtype}{list(x.shape)}" for k, x in ocp.tree.to_flat_dict(tree, sep="/").items()}
-    here = types_of(arrays)
+    here = types_of(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
     for number in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            saved = types_of(checkpoints.item_metadata(number))
-            if saved == here:
+            there = types_of(checkpoints.item_metadata(number))
+            if there == here:
                 return number, checkpoints.restore(number, args=ocp.args.StandardRestore(like))
         except Exception as error:  # damage raises many kinds; a run still in progress may have deleted it
-            print(f"Checkpoint {number} cannot be read: {(str(error) or repr(error)).splitlines()[0][:100]}")
-        else:  # readable, but not what `like` is
-            name = next(name for name in here | saved if saved.get(name) != here.get(name))
-            types = f"{name} is {saved.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-            raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
+            print(f"Checkpoint {number} cannot be read: {error!r:.100}")
+            continue
+        name = next(name for name in here | there if there.get(name) != here.get(name))
+        types = f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        raise SystemExit(f"Checkpoint {number} in {checkpoints.directory} does not fit this script: {types}")
     raise SystemExit(f"{checkpoints.directory} has no checkpoint that can be read: start the run again")
 
 
@@ -462,13 +463,14 @@ def train(args: Args, update, state, start: int, run_dir: Path, checkpoints, tra
             row |= {name: values[i] for name, values in metrics.items()}
             if bad := [name for name, value in row.items() if not np.isfinite(value)]:
                 raise SystemExit(f"\nUpdate {number} is not saved: {bad[0]} of seed {row['seed']} is not finite")
-            row |= {name: values[i] if row["charts/episodes"] else "" for name, values in outcomes.items()}
+            if row["charts/episodes"]:  # else there are no means, and their cells stay empty
+                row |= {name: values[i] for name, values in outcomes.items()}
             if chief:
-                writer = writer or open_metrics(run_dir / "metrics.csv", list(row), earlier)
+                writer = writer or open_metrics(run_dir / "metrics.csv", [*row, *outcomes], earlier)
                 writer.writerow(row)
             if tracker:
                 prefix = f"seed_{row['seed']}/" if num_seeds > 1 else ""
-                tracker.log({prefix + name: x for name, x in row.items() if x != ""}, step=row["global_step"])
+                tracker.log({prefix + name: x for name, x in row.items()}, step=row["global_step"])
         if metrics["charts/episodes"].all():  # else there is no mean to show
             bar.set_postfix({name.split("/")[1]: f"{outcomes[name].mean():.3g}" for name in headline}, refresh=False)
         bar.update(steps)
@@ -504,13 +506,13 @@ def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
 def report(args: Args, env, agent: nn.Module, params, run_dir: Path, tracker) -> None:
     """Evaluates the parameters of all seeds in env, with sampled and with greedy actions."""
     results, keys = {}, jax.vmap(jax.random.key)(args.seed + jnp.arange(args.num_seeds))
+    margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # 95%, Student's t
     evaluate_seeds = jax.jit(jax.vmap(functools.partial(evaluate, env, agent), in_axes=(0, 0, None)))
     for number, kind in enumerate(("sampled", "greedy"), start=3):  # fold_in with 0 to 2 gives the keys of `init`
         result = evaluate_seeds(params, jax.vmap(jax.random.fold_in, (0, None))(keys, number), kind == "greedy")
         results[kind] = {name: values.mean(1).tolist() for name, values in result.items()}  # values (S, B)
-        # 95% intervals over seeds, or over the episodes of one seed. Names with a slash (Craftax's) are not printed.
+        # Intervals are over seeds, or over the episodes of one seed. Names with a slash (Craftax's) are not printed.
         over = {name: x.mean(1) if args.num_seeds > 1 else x[0] for name, x in result.items() if "/" not in name}
-        margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # Student's t
         shown = [f"{name} {x.mean():.3g}" + (f" ± {margin(x):.2g}" if x.size > 1 else "") for name, x in over.items()]
         print(f"Evaluation, {kind} actions, {env.num_envs} episodes per seed: {', '.join(shown)}")
     (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2))
@@ -539,7 +541,12 @@ def main(args: Args) -> None:
     run_dir = Path(existing or f"{args.runs_dir}/tmaze__{args.exp_name}__{args.seed}__{s}.{ns:09}").absolute()
     try:
         if chief and args.track:
-            tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
+            import wandb  # not above, because it takes a second
+
+            try:
+                tracker = wandb.init(id=run_dir.name, name=run_dir.name, dir=run_dir, resume="allow", config=vars(args))
+            except wandb.Error as error:
+                raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
         if chief and not existing:
             run_dir.mkdir(parents=True, exist_ok=args.track)  # W&B has made it
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -563,8 +570,6 @@ def main(args: Args) -> None:
                 policy = functools.partial(agent.apply, jax.tree.map(lambda x: x[0], params))
                 record_video(make_env(no_noise, 1), policy, agent.initial_memory(1), args.seed, run_dir / "episode.gif")
             print(f"Results: {run_dir}")
-    except wandb.Error as error:
-        raise SystemExit(f"--track: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise SystemExit(f'{error}. If there are checkpoints, --resume "{run_dir}" continues from the newest') from None
 

@@ -11,9 +11,11 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import sync
+import wandb
 from cli import (
     BATCH,
     ENVIRONMENT,
@@ -221,7 +223,7 @@ def test_evaluate_only_evaluates(script, tmp_path):
     shutil.copytree(finished(script), folder)
     (folder / "evaluation.json").unlink()
     before = snapshot(folder)
-    out, _ = run(script, "--evaluate", folder, cwd=tmp_path, small=False)
+    out, _ = run(script, "--evaluate", "run", cwd=tmp_path, small=False)  # a relative path, as users type it
     after = snapshot(folder)
     assert {name for name in after if after[name] != before.get(name)} <= {"learning_curve.png", "evaluation.json"}
     assert set(after) == set(before) | {"evaluation.json"}
@@ -298,7 +300,7 @@ def test_several_seeds_have_rows_each(script, tmp_path, monkeypatch):
     # Stands for an evaluation: two numbers of each seed's parameters.
     of_params = lambda env, agent, params, *_: {"success": jax.tree.leaves(params)[1].ravel()[:2]}
     monkeypatch.setattr(module, "evaluate", of_params)
-    monkeypatch.setattr(module.wandb, "init", lambda **options: started.append(options) or tracker)
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or tracker)
     first = [*small_flags(script), "--num-seeds", "2", "--seed", "3"]
     for updates, flags in ((2, first), (4, ["--resume"])):
         folder = [str(path) for path in tmp_path.glob("runs/*")]
@@ -334,11 +336,23 @@ def test_distributed_needs_a_job(script, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Some errors were detected")
 @pytest.mark.parametrize("script", FIRST)
-@pytest.mark.parametrize("lines", ["1,64,\n1,128,0.5\n1,1", "1,64,0.5\n", "1,64,\n"])
-def test_a_row_that_is_cut_short_is_not_drawn(script, lines, tmp_path):
+@pytest.mark.parametrize(
+    "lines, drawn",
+    [
+        ("1,64,\n1,128,0.5\n1,1", [(64, np.nan), (128, 0.5)]),
+        ("1,64,0.5\n", [(64, 0.5)]),
+        ("1,64,\n", [(64, np.nan)]),
+    ],
+)
+def test_a_row_that_is_cut_short_is_not_drawn(script, lines, drawn, tmp_path, monkeypatch):
     """A full disk may cut the last row of metrics.csv. The curve shows the other rows, also if there is only one."""
+    module, figures = load(script), []
+    original = module.Figure
+    monkeypatch.setattr(module, "Figure", lambda **options: figures.append(original(**options)) or figures[-1])
     (tmp_path / "metrics.csv").write_text(f"seed,global_step,charts/episodic_return\n{lines}")
-    load(script).plot_learning_curves(tmp_path, ["charts/episodic_return"])
+    module.plot_learning_curves(tmp_path, ["charts/episodic_return"])
+    (line,) = figures[0].axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), drawn)
     assert (tmp_path / "learning_curve.png").stat().st_size > 1000
 
 
@@ -398,6 +412,15 @@ def test_each_run_has_a_folder_of_its_own(name, begin, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["else"]
     folders = list((tmp_path / "else" / "where").iterdir())
     assert len(folders) == 2 and all((folder / "args.json").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_unforeseen_error_is_not_swallowed(name, tmp_path, monkeypatch):
+    """What no clause of `main` knows ends the run with its traceback, and so with an exit status other than 0."""
+    module = load(name)
+    monkeypatch.setattr(module, "init", mock.Mock(side_effect=RuntimeError("unforeseen")))
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        module.main(tiny_args(module, runs_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", TMAZE)

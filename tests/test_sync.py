@@ -89,6 +89,25 @@ def test_every_block_of_a_script_is_compared():
         assert all(map(sync.SECTION.match, comments)), "a comment that belongs to no block is not compared"
 
 
+@pytest.mark.parametrize("path", sync.own_scripts(ROOT), ids=lambda path: path.stem)
+def test_nothing_in_a_script_is_unused(path):
+    """Every class, function and constant at its top level is used somewhere in it."""
+    script = sync.Script(path)
+    used = {x.id for x in ast.walk(script.tree) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)}
+    assert set(script.spans) - used == set()
+
+
+@pytest.mark.parametrize("path", sync.own_scripts(ROOT), ids=lambda path: path.stem)
+def test_what_libraries_ask_of_a_script(path):
+    """W&B takes a second to import, also in each worker process, so it is imported only with --track. With
+    JAX_DISABLE_JIT=1 there is no `.lower()`."""
+    script = sync.Script(path)
+    imports = [node for node in script.tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imports and not [node for node in imports if "wandb" in ast.unparse(node)]
+    attributes = {x.attr for x in ast.walk(script.tree) if isinstance(x, ast.Attribute)}
+    assert "lower" not in attributes and {"jit", "init"} <= attributes
+
+
 def test_equal_scripts_pass(scripts, capsys):
     """If only what may differ differs, then nothing is found, and repairing changes nothing."""
     before = [path.read_text() for path in scripts]
