@@ -179,6 +179,44 @@ FAULTS = {
         TMAZE, "(1 - update / self.num_updates)", "(1 - update / (self.total_timesteps / self.batch_size))", PPO
     ),
     "negative rates are accepted": (TMAZE, '"logit_noise learning_rate adam_eps', '"adam_eps', "tests/test_cli.py"),
+    "the environments start from the key of the next update": (
+        TMAZE, "env.reset(env_key, env.default_params)\n    reset", "env.reset(key, env.default_params)\n    reset",
+        "tests/test_ppo.py -k init_uses"
+    ),
+    "an evaluation does not depend on the seed": (
+        TMAZE, "(args.seed + jnp.arange(args.num_seeds))\n    margin", "(jnp.arange(args.num_seeds))\n    margin",
+        "tests/test_ppo.py -k noise_differs"
+    ),
+    "the learning rate is that of the next update": (
+        TMAZE, "learning_rate_at(runner.train_state.step)", "learning_rate_at(train_state.step)",
+        "tests/test_ppo.py -k what_is_learnt"
+    ),
+    "a video repeats its noise": (
+        WRAPPERS, "key, action_key, env_key = jax.random.split(key, 3)\n        logits",
+        "_, action_key, env_key = jax.random.split(key, 3)\n        logits", "tests/test_wrappers.py -k video"
+    ),
+    "an unforeseen error ends with exit status 0": (
+        TMAZE, "    except OSError as error:\n        raise SystemExit(f'{error}. If",
+        "    except RuntimeError as error:\n        print(error)\n"
+        "    except OSError as error:\n        raise SystemExit(f'{error}. If",
+        "tests/test_cli.py -k unforeseen"
+    ),
+    "GTrXL's embedding is orthogonal": (
+        "ppo_gtrxl_tmaze.py", 'nn.Dense(args.d_model, name="embedding")', 'dense(args.d_model, name="embedding")',
+        "tests/test_gtrxl.py -k initial"
+    ),
+    "Memory Maze: the learning rate is constant": (
+        "ppo_lstm_memorymaze.py", "optax.adam(args.learning_rate_at,", "optax.adam(args.learning_rate_at(0),",
+        "tests/test_memorymaze_scripts.py -k clips_and_anneals"
+    ),
+    "Memory Maze: a resumed run plays its first mazes again": (
+        "ppo_lstm_memorymaze.py", "initial_memory, 0, start)", "initial_memory, 0, 0)",
+        "tests/test_memorymaze_scripts.py -k main_passes"
+    ),
+    "Memory Maze: an update in which no episode ends": (
+        "ppo_lstm_memorymaze.py", "np.mean(episodes or [(0.0, 0.0)], axis=0)", "np.mean(episodes, axis=0)",
+        "tests/test_memorymaze_scripts.py -k no_episode_ends"
+    ),
     "Memory Maze: the next maze depends on the last one": (
         "envs/memorymaze.py", "            target.initialize_episode_mjcf(random)", "            pass",
         "tests/test_memorymaze.py"

@@ -1,5 +1,6 @@
 """What README and docs say: links lead somewhere, commands and flags exist, and Python code runs."""
 
+import ast
 import dataclasses
 import functools
 import json
@@ -52,6 +53,25 @@ def anchors(path: Path) -> set[str]:
     """The headings of a page as GitHub's link targets."""
     headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_requirements_name_what_is_imported():
+    """Each library that scripts, environments, tests or benchmarks import is there, in a range of versions."""
+    requirements = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, versions = re.match(r"([\w-]+)([^;#]*)", line).groups()
+            requirements[name.replace("-", "_").lower()] = versions
+            assert "==" in versions or {">=", "<"} <= {*re.findall(r"[<>=]+", versions)}, line
+    paths = [path for pattern in ("*.py", "envs/*.py", "benchmarks/*.py", "tests/*.py") for path in ROOT.glob(pattern)]
+    own = {path.stem for path in paths} | {"envs", "benchmarks", "tests"}
+    other = {"pygame", "memory_gym", "gym"}  # of Memory Gym's separate environment; what memory-maze alone needs
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found = {name.split(".")[0] for name in found} - {*sys.stdlib_module_names} - own - other
+    renamed = {"PIL": "pillow", "orbax": "orbax_checkpoint"}
+    assert len(found) > 10 and {renamed.get(name, name) for name in found} - {*requirements} == set()
 
 
 def test_the_pages_are_read():

@@ -234,7 +234,7 @@ def test_a_damaged_run_ends_like_a_whole_one(script, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished(script), folder)
     truncate(folder / "checkpoints" / "200")
-    run(script, "--resume", folder, cwd=tmp_path, small=False)
+    run(script, "--resume", "run", cwd=tmp_path, small=False)  # a relative path, as users type it
     assert_same_outcome(folder, finished(script))
 
 

@@ -176,7 +176,7 @@ def test_ratio_one_notices_a_missing_window():
 def test_initial_parameters():
     """The count is the published one without biases that cancel. Kernels are drawn as in Flax; biases are 0 or 2."""
     assert count_parameters(script, script.Args()) == 1_617_925 - 4 * 2 * 256  # of keys and positions
-    args = small_args(script, d_model=64, d_head=16)
+    args = small_args(script, d_model=64, d_head=24)  # H * d is not D, so no kernel can pass for another
     _, agent = build(script, args)
     obs, reset = jnp.zeros((1, 1, OBS)), jnp.ones((1, 1), bool)
     params = quick_jit(agent.init)(jax.random.key(7), obs, reset, agent.initial_memory(1))["params"]
@@ -185,6 +185,9 @@ def test_initial_parameters():
     assert not np.any(memory["content_bias"]) and not np.any(memory["position_bias"])
     kernels = [memory[f"GRUGate_{i}"][name] for i in (0, 1) for name in ("Wr", "Wz", "Wg", "Ur", "Uz", "Ug")]
     key_value = np.concatenate([memory["GTrXLAttention_0"][name] for name in ("Wk", "Wv")], axis=1)
+    for path, x in jax.tree.leaves_with_path(memory):
+        if path[-1].key == "kernel":  # of variance 1 / inputs
+            assert abs(x.std() * np.sqrt(len(x)) - 1) < 0.1, path
     for kernel in (*kernels, key_value):  # (64, n), of variance 1 / 64
         assert abs(kernel.std() * 8 - 1) < 0.05 and abs(kernel.mean()) < 0.01
         assert np.abs(kernel[:, :64].T @ kernel[:, :64] - np.eye(64)).max() > 0.2, "not orthogonal"

@@ -12,11 +12,13 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cli import (
     BATCH,
@@ -49,7 +51,10 @@ from common import (
     small_args,
 )
 from cue_maze import STEPS, in_turn, make_env
+from gymnasium import spaces
 from PIL import Image
+from test_ppo import LineAgent
+from test_runs import COLUMNS
 
 FIRST = ["ppo_agalite_memorymaze"]  # for code that is the same text in all of them
 SIZES = {"num_envs": 8, "num_steps": 18, "num_minibatches": 2, "total_timesteps": 10**4, "num_channels": 16}
@@ -157,11 +162,12 @@ def test_rollout_records_what_happened(played_once):
 
 def test_what_is_learnt_from_a_rollout(played_once, monkeypatch):
     """Learning gets the transitions, the memory at their start, advantages and value targets."""
-    script, args, seen = played_once.script, dataclasses.replace(played_once.args, gae_lambda=0.7), {}
+    script, seen = played_once.script, {}
+    args = dataclasses.replace(played_once.args, gae_lambda=0.7, anneal_lr=True)
 
     def learn(args, train_state, key, memory, batch):
         seen.update(key=key, memory=memory, batch=batch)
-        return train_state, {}
+        return train_state.replace(step=train_state.step + args.num_minibatches * args.update_epochs), {}
 
     monkeypatch.setattr(script, "learn", learn)
     taken, memory, last_value = played_once.transitions, played_once.memory, played_once.last_value
@@ -174,7 +180,7 @@ def test_what_is_learnt_from_a_rollout(played_once, monkeypatch):
     np.testing.assert_array_equal(target, taken.value + advantage)
     explained = 1 - np.var(target - taken.value) / np.var(target)
     np.testing.assert_allclose(metrics["losses/explained_variance"], explained, rtol=1e-4)
-    assert metrics["charts/learning_rate"] == args.learning_rate
+    assert metrics["charts/learning_rate"] == np.float32(args.learning_rate), "that of this update, not of the next"
 
 
 def test_an_update_learns_from_its_rollout(played_once):
@@ -197,6 +203,30 @@ def test_an_update_learns_from_its_rollout(played_once):
             outcomes["charts/episodic_return"], transitions.reward.sum() / transitions.done.sum()
         )
         assert outcomes["charts/episodic_length"] == STEPS
+
+
+def test_an_update_in_which_no_episode_ends(played_once, monkeypatch):
+    """It reports that none ended, the numbers of the learning, and nothing that would stop the run as not finite."""
+    p = played_once
+    monkeypatch.setattr(p.script, "host_rollout", lambda *_: (p.end, p.transitions, p.last_value, []))
+    learn = lambda train_state, *_: (train_state, {"losses/entropy": 1.5})
+    *_, metrics, outcomes = p.script.host_update(p.args, p.envs, p.act, learn, p.middle, p.train_state)
+    assert metrics == {"losses/entropy": 1.5, "charts/episodes": 0}
+    assert set(outcomes) == {"charts/episodic_return", "charts/episodic_length"}
+    assert np.isfinite([*outcomes.values()]).all()
+
+
+def test_the_optimizer_clips_and_anneals(played_once):
+    """Adam gets gradients of norm max_grad_norm at most, and moves a parameter by the learning rate of its step."""
+    p = played_once
+    args = dataclasses.replace(p.args, anneal_lr=True, max_grad_norm=0.5)
+    optimizer = p.script.init_learner(args, p.envs, LineAgent(), jax.random.key(0)).tx
+    state = optimizer.init(jnp.zeros(2))
+    for step in range(3 * args.num_minibatches * args.update_epochs):
+        move, state = optimizer.update(jnp.array([3.0, 4.0]), state)
+        np.testing.assert_allclose(move, -args.learning_rate_at(step), rtol=1e-3)
+        first_moment = next(x for x in jax.tree.leaves(state) if x.shape == (2,))
+        np.testing.assert_allclose(first_moment, (1 - 0.9 ** (step + 1)) * np.array([0.3, 0.4]), rtol=1e-5)
 
 
 def test_no_key_is_used_twice(played_once):
@@ -292,6 +322,65 @@ def test_each_purpose_has_its_own_mazes(played_once):
         for purpose in ((0, 0), (0, 20), (1,)):
             p.script.begin_episodes(dataclasses.replace(p.args, seed=run_seed), Envs(), None, *purpose)
     assert len(seeds) == len(set(seeds)) == 6 * 8
+    # A few thousand environments rarely share one of 2^32 seeds, and often one of 10,000.
+    many = dataclasses.replace(p.args, num_envs=4096, total_timesteps=10**6)
+    p.script.begin_episodes(many, Envs(), None, 0, 0)
+    assert len(set(seeds[-4096:])) == 4096
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """-> a function that runs main of a script without processes, until training begins -> what main passed on: the
+    makers of the environments, the key of the parameters, and the seed and purpose of the first mazes."""
+
+    def begin(name: str, start: int, **changes) -> dict:
+        module, seen = load(name), {}
+
+        def init_learner(args, envs, agent, key):
+            return module.TrainState.create(apply_fn=None, params=jax.random.key_data(key), tx=optax.identity())
+
+        def train(args, update, train_state, *_):
+            seen["key"] = train_state.params
+            raise SystemExit
+
+        def workers(makers):
+            seen["makers"] = makers
+            return mock.Mock(single_action_space=spaces.Discrete(6))
+
+        def begin_episodes(args, envs, initial_memory, *purpose):
+            seen["mazes"] = args.seed, *purpose
+
+        for function in (init_learner, train, begin_episodes):
+            monkeypatch.setattr(module, function.__name__, function)
+        monkeypatch.setattr(module, "Workers", workers)
+        monkeypatch.setattr(module, "RecordEpisodeStatistics", lambda envs: envs)
+        monkeypatch.setattr(module, "restore", lambda checkpoints, state: (start, state))
+        resume = str(tmp_path) if start else ""
+        args = small_args(module, num_envs=4, num_minibatches=2, runs_dir=str(tmp_path), resume=resume, **changes)
+        with pytest.raises(SystemExit):
+            module.main(args)
+        return seen
+
+    return begin
+
+
+@pytest.mark.parametrize("name", MEMORYMAZE)
+@pytest.mark.parametrize("start", [0, 20])
+def test_main_passes_on_what_decides_a_run(name, start, begin):
+    """The seed decides the parameters. A resumed run has other mazes than a new one. Each environment's first episode
+    is shortened differently."""
+    seen = begin(name, start, seed=5)
+    assert_identical(seen["key"], jax.random.key_data(jax.random.key(5)))
+    assert seen["mazes"] == (5, 0, start)
+    assert [maker.keywords["first_episode_steps"] for maker in seen["makers"]] == [1000, 750, 500, 250]
+
+
+@pytest.mark.parametrize("name", MEMORYMAZE)
+def test_an_unforeseen_error_is_not_swallowed(name, begin, monkeypatch):
+    """Like the test of the other scripts in test_cli.py."""
+    monkeypatch.setattr(load(name), "ActorCritic", mock.Mock(side_effect=RuntimeError("unforeseen")))
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        begin(name, 0)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +472,8 @@ def test_encoder_is_impalas(name):
 @pytest.mark.parametrize("name", MEMORYMAZE)
 def test_learning_rate(name):
     """It is constant, or falls linearly per update, to 1 / num_updates of it in the last."""
-    args = small_args(load(name), **SIZES | {"total_timesteps": 5 * 8 * 18}, update_epochs=3)
+    steps = 5 * 8 * 18 + 70  # half an update too many
+    args = small_args(load(name), **SIZES | {"total_timesteps": steps}, update_epochs=3)
     assert args.learning_rate_at(17) == args.learning_rate and args.num_updates == 5
     args = dataclasses.replace(args, anneal_lr=True)
     rates = [float(args.learning_rate_at(jnp.int32(step))) for step in range(5 * 6)]
@@ -429,6 +519,7 @@ def test_run_leaves_what_it_promises(script, tmp_path):
     table = rows(folder)
     expected = [(update, update * BATCH) for update in range(1, 400 // BATCH + 1)]
     assert [(int(row["update"]), int(row["global_step"])) for row in table] == expected
+    assert {*COLUMNS} <= {*table[0]}
     assert all(float(row["charts/episodes"]) > 0 and 0 <= float(row["charts/episodic_return"]) <= 1 for row in table)
     assert all(np.isfinite(float(row[name])) for row in table for name in row if name.startswith("losses/"))
     assert steps(folder)[-1] == 400 // BATCH

@@ -106,10 +106,10 @@ def test_ratio_is_one_before_the_first_gradient_step(played):
     logits, *_ = played.apply(played.params, played.transitions.obs, reset, played.memory)
     assert np.abs(logits - logits.mean(-1, keepdims=True)).mean() > 0.2, "the policy is far from uniform"
     assert np.std(played.transitions.value) > 0.1
-    # Linear attention divides by norm . q. If that is nearly 0, rounding errors grow: with SSE4.2, a few of the 1536
-    # steps of Craftax exceed 1e-4. The other memories have no such division.
-    allowed = 1e-3 if "galite" in played.script.__name__ else 1e-4  # AGaLiTe and GaLiTe
-    assert np.quantile(played.deviations(), 0.99) <= 1e-4 and max(played.errors()) <= allowed
+    # Linear attention (AGaLiTe, GaLiTe) divides by norm . q. If that is nearly 0, rounding errors grow, on each CPU at
+    # other steps: here, one of the 1536 steps of Mystery Path is off by 1e-3, all others by less than 1e-5.
+    share = 0.99 if "galite" in played.script.__name__ else 1.0
+    assert np.quantile(played.deviations(), share, axis=(1, 2)).max() <= 1e-4
 
 
 FAULTS = {
@@ -175,7 +175,7 @@ def test_gae_with_ends_in_every_place(script, gae_lambda):
 def test_what_is_learnt_from_a_rollout(script, monkeypatch):
     """`update` learns from the rollout's transitions and first memory, advantages of gae_lambda, and value targets of
     critic_lambda. It reports how much of the targets the values explain, and how the episodes ended."""
-    args = small_args(script, gae_lambda=0.7, critic_lambda=0.9)
+    args = small_args(script, gae_lambda=0.7, critic_lambda=0.9, anneal_lr=True)
     env, agent = build(script, args)
     seen, original = {}, script.rollout
 
@@ -185,7 +185,7 @@ def test_what_is_learnt_from_a_rollout(script, monkeypatch):
 
     def learn(args, train_state, key, memory, batch):
         seen["memory"], seen["batch"] = memory, batch
-        return train_state, {}
+        return train_state.replace(step=4), {}
 
     @quick_jit
     def update(key):
@@ -203,6 +203,7 @@ def test_what_is_learnt_from_a_rollout(script, monkeypatch):
     assert_close(batch[2], target, atol=1e-5)
     explained = 1 - (target - transitions.value).var() / target.var()
     np.testing.assert_allclose(metrics["losses/explained_variance"], explained, rtol=1e-4)
+    assert metrics["charts/learning_rate"] == np.float32(args.learning_rate), "that of this update, not of the next"
     done = np.asarray(transitions.done)
     assert metrics["charts/episodes"] == done.sum() > 3
     assert {"charts/episodic_return", "charts/episodic_length", "charts/success_rate"} == set(outcomes)
@@ -402,6 +403,9 @@ def test_noise_differs_from_update_to_update(script, monkeypatch, tmp_path):
     _, time, env_keys, actions = runner.env_state
     assert time == updates * args.num_steps and len(keys) == 1 + 3 * updates + 1 + 2 * 3
     assert len(refresh_keys) == updates
+    for number, greedy in ((3, False), (4, True)):
+        expected = jax.random.key_data(jax.random.fold_in(jax.random.key(5), number))
+        np.testing.assert_array_equal(keys["evaluation 0", greedy], expected, "the evaluation depends on the seed")
     of_init = jax.random.key_data(jax.random.split(jax.random.key(5), 3))[:2]  # the third is the runner's
     everything = np.concatenate([np.stack([*keys.values(), *refresh_keys]), of_init, env_keys])
     assert len(np.unique(everything, axis=0)) == len(everything) == len(keys) + 2 + updates * (1 + args.num_steps)
@@ -413,6 +417,17 @@ def test_noise_differs_from_update_to_update(script, monkeypatch, tmp_path):
     sample = quick_jit(jax.vmap(lambda key: jax.random.categorical(key, jnp.zeros((args.num_envs, 4)))))
     of_keys = np.asarray(sample(jax.random.wrap_key_data(everything)))
     assert not (of_keys[:, None] == actions).all(-1).any()
+
+
+def test_init_uses_each_key_once(script):
+    """The environments, the parameters and the runner start from different keys, and none from the seed's own."""
+    args = small_args(script)
+    env, _ = build(script, args)
+    env = mock.Mock(wraps=env, default_params=env.default_params)
+    agent = mock.Mock(wraps=UniformAgent())
+    runner = script.init(args, env, agent, jax.random.key(5))
+    keys = env.reset.call_args.args[0], agent.init.call_args.args[0], runner.key, jax.random.key(5)
+    assert len({tuple(data(key).tolist()) for key in keys}) == 4
 
 
 @pytest.mark.parametrize("name", slow_but([x for x in SCRIPTS if f"{x}.py" in sync.PROJECT], QUICK))

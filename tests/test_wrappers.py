@@ -325,12 +325,16 @@ def test_a_stack_draws_its_first_environment(wrap):
 
 
 def test_a_video_is_one_episode(tmp_path):
-    """The policy is called once per step, with its last memory, and with a reset only at the beginning. The episode is
-    not one that a script with the same seed begins with."""
+    """The policy is called once per step, with its last memory, and with a reset only at the beginning. Each step has
+    its own key. The episode is not one that a script with the same seed begins with."""
     env = VectorEnv(AutoReset(EpisodeStatistics(TMaze(2, max_episode_steps=7))), 1)
-    seen, reset_keys, reset = [], [], env.reset
-    note = lambda words: reset_keys.append(words.tolist())
-    env.reset = lambda key, params: jax.debug.callback(note, jax.random.key_data(key)) or reset(key, params)
+    seen, reset_keys, step_keys, reset, step = [], [], [], env.reset, env.step
+
+    def note(keys, key):
+        jax.debug.callback(lambda words: keys.append(words.tolist()), jax.random.key_data(key))
+
+    env.reset = lambda key, params: note(reset_keys, key) or reset(key, params)
+    env.step = lambda key, *inputs: note(step_keys, key) or step(key, *inputs)
 
     def policy(obs, reset, memory):
         assert obs.shape == (1, 1, 16) and reset.shape == (1, 1)
@@ -342,6 +346,7 @@ def test_a_video_is_one_episode(tmp_path):
     jax.effects_barrier()
     of_training = jax.random.key_data(jax.random.split(jax.random.key(1), 100)).tolist()
     assert len(reset_keys) == 1 and reset_keys[0] not in of_training
+    assert len({tuple(words) for words in step_keys}) == 7
     assert seen == [(t == 0, t) for t in range(7)], "it walks to the junction, and then into the wall until the limit"
     with Image.open(path) as video:
         assert video.n_frames <= 7 and min(video.size) > 100  # equal images become one that lasts longer
