@@ -206,15 +206,15 @@ FAULTS = {
         "tests/test_gtrxl.py -k initial"
     ),
     "Memory Maze: the learning rate is constant": (
-        "ppo_lstm_memorymaze.py", "optax.adam(args.learning_rate_at,", "optax.adam(args.learning_rate_at(0),",
+        "ppo_agalite_memorymaze.py", "optax.adam(args.learning_rate_at,", "optax.adam(args.learning_rate_at(0),",
         "tests/test_memorymaze_scripts.py -k clips_and_anneals"
     ),
     "Memory Maze: a resumed run plays its first mazes again": (
-        "ppo_lstm_memorymaze.py", "initial_memory, 0, start)", "initial_memory, 0, 0)",
+        "ppo_agalite_memorymaze.py", "initial_memory, 0, start)", "initial_memory, 0, 0)",
         "tests/test_memorymaze_scripts.py -k main_passes"
     ),
     "Memory Maze: an update in which no episode ends": (
-        "ppo_lstm_memorymaze.py", "np.mean(episodes or [(0.0, 0.0)], axis=0)", "np.mean(episodes, axis=0)",
+        "ppo_agalite_memorymaze.py", "np.mean(episodes or [(0.0, 0.0)], axis=0)", "np.mean(episodes, axis=0)",
         "tests/test_memorymaze_scripts.py -k no_episode_ends"
     ),
     "Memory Maze: the next maze depends on the last one": (
