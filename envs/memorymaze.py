@@ -89,8 +89,8 @@ def check_requirements():
     for name in ("dm_control", "mujoco", "labmaze", "memory_maze"):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise MissingDependency(
-                f"Memory Maze needs the package {name}: pip install -r requirements.txt, with Python 3.11 or 3.12 (the "
-                "package labmaze, which generates the mazes, does not support later ones)."
+                f"Memory Maze needs the package {name}: pip install -r requirements.txt, with Python 3.11 (the package "
+                "labmaze, which generates the mazes, does not support 3.13 and later)."
             )
     choose_renderer()
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -246,7 +247,7 @@ def test_without_a_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "labmaze", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        MissingDependency, match=r"needs the package \w+: pip install -r requirements.txt, with Python 3.11 or"
+        MissingDependency, match=r"needs the package \w+: pip install -r requirements.txt, with Python 3.11 "
     ):
         MemoryMaze()
 
@@ -324,8 +325,16 @@ def test_a_script_plays_the_maze(tmp_path):
     np.testing.assert_array_equal(transitions.reset[1:], transitions.done[:-1])
     assert np.ptp(transitions.obs, axis=(2, 3, 4)).min() > 0, "every image shows something"
 
-    policy = quick_jit(functools.partial(agent.apply, train_state.params))
+    apply, calls = quick_jit(functools.partial(agent.apply, train_state.params)), []
+
+    def policy(obs, reset, memory):
+        calls.append((reset.item(), memory, apply(obs, reset, memory)))
+        return calls[-1][2]
+
     env, path = script.make_env(args)(render_mode="rgb_array"), tmp_path / "episode.gif"
     memorymaze.record_video(env, policy, agent.initial_memory(1), 1, path, max_steps=5)
     with Image.open(path) as frames:
         assert frames.n_frames == 5 and frames.size == (768, 384)
+    assert [reset for reset, *_ in calls] == [True, False, False, False, False]
+    for (*_, outputs), (_, memory, _) in itertools.pairwise(calls):
+        assert memory is outputs[2], "the memory of one step is that of the next"
