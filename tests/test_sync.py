@@ -99,7 +99,7 @@ def test_nothing_in_a_script_is_unused(path):
 
 @pytest.mark.parametrize("path", sync.own_scripts(ROOT), ids=lambda path: path.stem)
 def test_what_libraries_ask_of_a_script(path):
-    """W&B takes a second to import, so it is imported only with --track. With JAX_DISABLE_JIT=1 there is no `.lower()`."""
+    """W&B, which takes a second to import, is imported only with --track. JAX_DISABLE_JIT=1 refuses `.lower()`."""
     script = sync.Script(path)
     imports = [node for node in script.tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports and not [node for node in imports if "wandb" in ast.unparse(node)]
