@@ -1,6 +1,6 @@
 """Plants small faults, one at a time, in a copy of the repository, and prints which test catches each.
 
-    python tests/plant_faults.py            # all of them, about half an hour on one core
+    python tests/plant_faults.py            # all of them, about an hour on one core
     python tests/plant_faults.py gae clip   # those whose name contains one of the words
 
 Prints a table. A fault is caught if one of its tests fails. The exit status is the number of faults that were not
