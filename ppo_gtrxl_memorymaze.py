@@ -616,7 +616,7 @@ def plot_learning_curves(run_dir: Path, names: list[str]) -> None:
 def host_report(args: Args, envs, initial_memory, act_jit, params, run_dir: Path, tracker) -> None:
     """Evaluates the parameters with sampled and with greedy actions."""
     results = {}
-    margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # 95%, Student's t
+    margin = lambda x: stdtrit(x.size - 1, 0.975) * x.std(ddof=1) / math.sqrt(x.size)  # half of a 95% interval
     for kind in ("sampled", "greedy"):
         act_fn = functools.partial(act_jit, params, kind == "greedy")
         returns, lengths = host_evaluate(args, envs, initial_memory, act_fn).T

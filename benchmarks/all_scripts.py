@@ -4,8 +4,8 @@
     python benchmarks/all_scripts.py ppo_agalite_tmaze.py ppo_gtrxl_tmaze.py
 
 Each script is a process. All are compiled first, as many at once as there are cores, so each takes longer than it would
-alone. Then they run one after another: the median of three updates after the first. Memory is what XLA plans for the
-update, including arguments and results; scripts donate the arguments, and so need less.
+alone. Then they run one after another: the median of three updates, each after one that does not count. Memory is what
+XLA plans for the update, including arguments and results; scripts donate the arguments, and so need less.
 
 The mazes of Memory Maze are processes on CPUs. Random images replace them here, so its rows count only acting and
 learning; the column "acting" is the share of acting. With --wait, the runs begin when a line arrives on standard

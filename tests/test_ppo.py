@@ -107,7 +107,7 @@ def test_ratio_is_one_before_the_first_gradient_step(played):
     assert np.abs(logits - logits.mean(-1, keepdims=True)).mean() > 0.2, "the policy is far from uniform"
     assert np.std(played.transitions.value) > 0.1
     # Linear attention (AGaLiTe, GaLiTe) divides by norm . q. If that is nearly 0, rounding errors grow, on each CPU at
-    # other steps: here, one of the 1536 steps of Mystery Path is off by 1e-3, all others by less than 1e-5.
+    # other steps: on Zen 3, one of the 1536 steps of Mystery Path is off by 9e-4, all others by less than 1e-5.
     share = 0.99 if "galite" in played.script.__name__ else 1.0
     assert np.quantile(played.deviations(), share, axis=(1, 2)).max() <= 1e-4
 
